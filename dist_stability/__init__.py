@@ -1,0 +1,29 @@
+"""Training that undoes its own bad updates.
+
+A layer above the optimizer for DDP and FSDP training: after ``optimizer.step()`` has proposed new weights, a probe the
+optimizer never trains on measures them, all ranks vote, and the whole job commits, or goes back in lockstep to exactly
+the state it had. Start with :class:`StabilityController`.
+"""
+
+from .controller import StabilityController
+from .errors import LockstepError, SnapshotError, StabilityError, StabilityStop
+from .guards import GradientNormGuard, NonFiniteGuard
+from .rules import FixedInnovation, PredictiveInnovation
+from .signals import LossProbe
+from .verdict import Action, Judgement, Verdict
+
+__all__ = [
+    "Action",
+    "FixedInnovation",
+    "GradientNormGuard",
+    "Judgement",
+    "LockstepError",
+    "LossProbe",
+    "NonFiniteGuard",
+    "PredictiveInnovation",
+    "SnapshotError",
+    "StabilityController",
+    "StabilityError",
+    "StabilityStop",
+    "Verdict",
+]

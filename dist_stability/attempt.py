@@ -1,0 +1,112 @@
+"""What is known about one attempt while it runs; plain data shared by the parts of the guarded step."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from .signals import Gradients
+from .verdict import Action, Judgement
+from .vote import Ballot
+from .watch import Watch
+
+PhaseListener = Callable[[int, str], None]
+
+
+@dataclass(slots=True)
+class Attempt:
+    """One call of ``step()``, from its entry to its verdict.
+
+    Attributes:
+        index: From 0.
+        judged: The proposal will be probed.
+        gradients: This rank's, before the step.
+        agree: Numbers that must be equal on all ranks in every vote of this attempt.
+        scaler: GradScaler of this step, or None.
+        error: Raised on this rank by a guard.
+        step_error: Raised on this rank by an optimizer.
+        flag: Some guard's "no", on the device; agreed once there was a vote on it.
+        reason: What a guard that judges the norm said.
+        pre_vote: The vote before the step, reduced but perhaps not read yet.
+        vetoed: None while only the device knows.
+        norm: Global gradient norm before clipping, once the host knows it.
+        overflow_flags: This rank's found_inf of each optimizer, with a scaler.
+        overflow: Agreed: the scaled gradients of every optimizer overflowed.
+        seconds: Host time by part.
+    """
+
+    index: int
+    judged: bool
+    gradients: Gradients
+    agree: dict[str, int | torch.Tensor]
+    scaler: Any = None
+    error: BaseException | None = None
+    step_error: BaseException | None = None
+    flag: torch.Tensor | bool = False
+    reason: str | None = None
+    pre_vote: tuple[torch.Tensor, Ballot] | None = None
+    vetoed: bool | None = None
+    norm: float | None = None
+    overflow_flags: list[torch.Tensor] = field(default_factory=list)
+    overflow: bool = False
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    @contextmanager
+    def timed(self, name: str) -> Iterator[None]:
+        """Add the host time of the block to ``seconds[name]``."""
+        begin = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - begin
+
+
+@dataclass(frozen=True, slots=True)
+class Decision:
+    """What the ranks agreed to do, before it is done."""
+
+    action: Action
+    signal: str = ""
+    reason: str = ""
+    rank: int = 0
+    judgement: Judgement | None = None
+    measurement: float | None = None
+
+
+class Phases:
+    """Says where this rank is: to the watch, for its peers, and to listeners (fault injection, tracing)."""
+
+    def __init__(self, watch: Watch | None) -> None:
+        """Nobody listens yet."""
+        self.watch = watch
+        self.attempt = 0
+        self.listeners: list[PhaseListener] = []
+
+    def enter(self, phase: str) -> None:
+        """This rank reaches ``phase`` of the current attempt."""
+        if self.watch is not None:
+            self.watch.enter(self.attempt, phase)
+        for listener in self.listeners:
+            listener(self.attempt, phase)
+
+    def chunk(self, phase: str) -> Callable[[], None]:
+        """A callback for code that works in chunks: one more chunk of ``phase`` is done."""
+
+        def tell() -> None:
+            for listener in self.listeners:
+                listener(self.attempt, phase)
+
+        return tell
+
+
+def one_line(error: BaseException | None) -> str | None:
+    """An exception as one line for messages and events; None for none."""
+    if error is None:
+        return None
+    text = str(error).strip()
+    return f"{type(error).__name__}: {text.splitlines()[0]}" if text else type(error).__name__

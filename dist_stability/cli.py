@@ -1,0 +1,87 @@
+"""The command line: ``dist-stability demo | report RUN | doctor``."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from dist_stability.report.events import write_json
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; returns its exit status.
+
+    Args:
+        arguments: The words after the program's name; default ``sys.argv``.
+    """
+    options = _parser().parse_args(arguments)
+    try:
+        status: int = options.run(options)
+    except KeyboardInterrupt:
+        print("stopped; what is finished stays where it is", file=sys.stderr)
+        return 130
+    return status
+
+
+def _demo(options: argparse.Namespace) -> int:
+    from dist_stability.experiments.arms import ArmFailed
+    from dist_stability.experiments.demo import demo
+    from dist_stability.report.extras import MissingExtra, import_extra
+
+    try:
+        import_extra("matplotlib.figure", "the demo's figure")  # known before three minutes of training, not after
+        return demo(options.out)
+    except (ArmFailed, MissingExtra) as error:
+        return _failed(error)
+
+
+def _report(options: argparse.Namespace) -> int:
+    from dist_stability.report.build import report
+    from dist_stability.report.extras import MissingExtra
+    from dist_stability.report.runs import NoRun
+
+    out = options.out or options.run_folder / "report"
+    try:
+        report(options.run_folder, out)
+    except (NoRun, MissingExtra, ValueError) as error:
+        return _failed(error)
+    print(out / "report.html")
+    return 0
+
+
+def _doctor(options: argparse.Namespace) -> int:
+    from dist_stability.report.doctor import examine, show
+
+    found = examine()
+    print(show(found))
+    options.out.mkdir(parents=True, exist_ok=True)
+    write_json(options.out / "summary.json", found)
+    return 0 if found["groups"]["gloo_two_processes"] else 1
+
+
+def _failed(error: Exception) -> int:
+    print(f"dist-stability: error: {error}", file=sys.stderr)
+    return 1
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="dist-stability", description="Training that undoes its own bad updates: demo, reports, machine check."
+    )
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    demo = commands.add_parser("demo", help="a fault, refused: four short training runs and a report, about three minutes")
+    demo.add_argument("--out", type=Path, default=Path("out/demo"), metavar="DIR", help="default: %(default)s")
+    demo.set_defaults(run=_demo)
+
+    report = commands.add_parser("report", help="figures and one page for a run, or for a folder of runs")
+    report.add_argument("run_folder", type=Path, metavar="RUN", help="what a run was given as --out")
+    report.add_argument("--out", type=Path, metavar="DIR", help="default: RUN/report")
+    report.set_defaults(run=_report)
+
+    doctor = commands.add_parser("doctor", help="versions, devices, groups, limits, and what would go wrong here")
+    doctor.add_argument("--out", type=Path, default=Path("out/doctor"), metavar="DIR", help="default: %(default)s")
+    doctor.set_defaults(run=_doctor)
+    return parser

@@ -1,0 +1,1 @@
+"""Runnable experiments: real data and models, the training program, and the demo."""

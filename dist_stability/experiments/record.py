@@ -1,0 +1,129 @@
+"""What a training run writes down: its events as they happen, and a summary at its end."""
+
+from __future__ import annotations
+
+import math
+import sys
+import time
+from typing import Any
+
+from torch import nn
+
+from dist_stability import parallel
+from dist_stability.errors import LockstepError, StabilityStop
+from dist_stability.experiments.options import Options
+from dist_stability.experiments.tasks import Task
+from dist_stability.report.versions import versions
+from dist_stability.experiments.wrapping import Processes
+from dist_stability.report.events import EventLog, write_json
+
+REFUSALS = ("veto", "rollback", "deep_rollback")
+
+
+class RunRecorder:
+    """Keeps the run's history on every rank; rank 0 writes it.
+
+    ``probe`` is the probe loss of the state the model is in: after a refusal that of the state it went back to.
+
+    Args:
+        options: Of the run.
+        task: What is trained.
+        here: This process.
+        model: The wrapped model, described in the summary.
+    """
+
+    def __init__(self, options: Options, task: Task, here: Processes, model: nn.Module) -> None:
+        """Open ``events.jsonl``; a summary of an earlier run in the same folder is removed."""
+        self._options, self._writes = options, here.rank == 0
+        self.probe = math.nan
+        self._batch = -1
+        self._batches: list[int] = []
+        self._series: list[float] = []
+        self._refused: list[int] = []
+        self._undone: list[int] = []
+        self._batch_of: list[int] = []
+        self._committed: list[tuple[int, float]] = []
+        self._begin = time.perf_counter()
+        self._facts = {
+            "task": task.name,
+            "data": task.data,
+            "parallel": options.parallel,
+            "layout": parallel.describe(model),
+            "world_size": here.world_size,
+            "device": here.device.type,
+            "settings": options.settings(),
+            "command": [*_program(), *sys.argv[1:]],
+            "versions": versions(),
+        }
+        self._log: EventLog | None = None
+        if self._writes:
+            self._log = EventLog(options.out / "events.jsonl")
+            (options.out / "summary.json").unlink(missing_ok=True)
+
+    def begin_batch(self, number: int) -> None:
+        """Say which batch the next events are about."""
+        self._batch = number
+
+    def event(self, event: dict[str, Any]) -> None:
+        """Take one event from the controller."""
+        self._batch_of.append(self._batch)
+        undone = event["undone"]
+        if event["action"] in REFUSALS:
+            self._refused.append(self._batch)
+            self._undone += [self._batch_of[attempt] for attempt in undone]
+            while self._committed and self._committed[-1][0] in undone:
+                self._committed.pop()
+        elif event["measurement"] is not None:
+            self._committed.append((event["attempt"], event["measurement"]))
+        self.probe = self._committed[-1][1] if self._committed else math.nan
+        self._batches.append(self._batch)
+        self._series.append(self.probe)
+        if self._log is not None:
+            self._log.append({**event, "batch": self._batch, "probe": self.probe})
+
+    def finish(self, *, evaluation: float | None = None, error: BaseException | None = None) -> None:
+        """Write the summary.
+
+        Args:
+            evaluation: Loss on held-out data that the probe does not use.
+            error: What stopped the run before its end.
+        """
+        if not self._writes:
+            return
+        stop: dict[str, Any] = {}
+        if error is not None:
+            stop = {"error": type(error).__name__, "reason": str(error)}
+        if isinstance(error, LockstepError):
+            stop.update(ranks=list(error.ranks), attempt=error.step)
+        if isinstance(error, StabilityStop):
+            stop.update(report=error.report)
+        write_json(
+            self._options.out / "summary.json",
+            {
+                "finished": error is None,
+                **stop,
+                **self._facts,
+                "refused": self._refused,
+                "undone": sorted(set(self._undone)),
+                "final_probe": self.probe,
+                "evaluation": evaluation,
+                "seconds": time.perf_counter() - self._begin,
+                "probe": {"batch": self._batches, "value": self._series},
+            },
+        )
+
+    def __enter__(self) -> RunRecorder:
+        """Use as a context manager."""
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        """Close the event log."""
+        if self._log is not None:
+            self._log.close()
+
+
+def _program() -> list[str]:
+    """How this program was started, without the place it is installed in."""
+    main = sys.modules["__main__"]
+    spec = getattr(main, "__spec__", None)
+    return ["-m", spec.name] if spec is not None else [sys.argv[0]]

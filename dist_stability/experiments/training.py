@@ -1,0 +1,244 @@
+"""The training program: real data, a wrapped model, and a guarded loop.
+
+Run it as ``torchrun --nproc_per_node=N launch/train.py``, as ``python launch/train.py`` in a single process, or, from
+an installed package, as ``torchrun ... -m dist_stability.experiments.training``. :func:`train` is the loop; the rest
+builds what it needs and writes down what it did.
+
+A run writes into its folder: ``events.jsonl`` (rank 0; one event per attempt, as it happens), ``summary.json``, and
+with ``--state-digest`` one ``state-rank<r>.json`` per rank. It exits with 0 only if it ran to its end.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR
+
+from dist_stability import FixedInnovation, LossProbe, NonFiniteGuard, PredictiveInnovation, StabilityController
+from dist_stability.errors import LockstepError, StabilityError
+from dist_stability.experiments.data import Batch, BatchOrder
+from dist_stability.experiments.digests import digests
+from dist_stability.report.extras import MissingExtra
+from dist_stability.experiments.options import Options, parse_options
+from dist_stability.experiments.progress import Progress
+from dist_stability.experiments.record import RunRecorder
+from dist_stability.experiments.tasks import Task, cross_entropy, make_task
+from dist_stability.experiments.text import TextUnavailable
+from dist_stability.experiments.unguarded import Unguarded
+from dist_stability.experiments.vision import DataMissing
+from dist_stability.experiments.wrapping import Processes, autocast, processes, wrap
+from dist_stability.parallel import clip_grad_norm_, data_replica, forward_module
+from dist_stability.testing import FaultInjector, capture_state
+
+LossFn = Callable[[nn.Module, Batch], Tensor]
+Controller = StabilityController | Unguarded
+
+
+@dataclass
+class Job:
+    """Everything one process trains with."""
+
+    options: Options
+    here: Processes
+    model: nn.Module
+    optimizer: Optimizer
+    scheduler: LambdaLR
+    loss_fn: LossFn
+    batches: Callable[[], Iterator[tuple[int, list[Batch]]]]
+    injector: FaultInjector
+
+    @property
+    def parameters(self) -> list[nn.Parameter]:
+        """What the optimizer owns."""
+        return [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
+
+
+def train(job: Job, controller: Controller, record: RunRecorder, progress: Progress) -> None:
+    """The loop. Everything a guarded loop needs is the line with ``controller.step``."""
+    model, optimizer, scheduler, options = job.model, job.optimizer, job.scheduler, job.options
+    attempt = 0
+    for number, micro_batches in job.batches():
+        if number in options.skip_batches:
+            continue  # fetched and dropped: what the golden twin does
+        record.begin_batch(number)
+        for batch in micro_batches:
+            loss = job.loss_fn(model, batch) / len(micro_batches)
+            loss.backward()
+        job.injector.gradients(attempt, job.parameters)  # a bad batch shows before clipping
+        norm = clip_grad_norm_(model, job.parameters, options.clip_grad_norm) if options.clip_grad_norm else None
+        verdict = controller.step(grad_norm=norm)
+        optimizer.zero_grad()
+        if verdict.accepted:
+            scheduler.step()
+        else:
+            progress.note(f"  batch {number}: {verdict.action} ({verdict.reason})")
+        if progress.wants_numbers(number + 1):
+            progress.advance(number + 1, f"loss {loss.item() * len(micro_batches):.4f}  probe {record.probe:.4f}")
+        attempt += 1
+
+
+def run(options: Options, task: Task, here: Processes) -> int:
+    """Train one job from its options; returns the exit status.
+
+    Collectives: those of wrapping, training and measuring the model; all ranks call it together.
+    """
+    torch.manual_seed(options.seed)
+    model = task.build().to(here.device)
+    model = wrap(model, task.blocks(model), options.parallel, dtype=_dtype(options), here=here)
+    if options.compile:
+        model = torch.compile(model)  # type: ignore[assignment]
+    index, count = data_replica(model)
+    torch.manual_seed(options.seed + 1 + index)  # dropout differs between replicas, not between runs
+    optimizer = _optimizer(options, model)
+    job = Job(
+        options=options,
+        here=here,
+        model=model,
+        optimizer=optimizer,
+        scheduler=LambdaLR(optimizer, _factor(options)),
+        loss_fn=autocast(cross_entropy, options.parallel, dtype=_dtype(options), device=here.device),
+        batches=_batches(options, task, here.device, index, count),
+        injector=FaultInjector.parse(options.inject),
+    )
+    record = RunRecorder(options, task, here, model)
+    title = f"{task.data}: {options.parallel}, {here.world_size} process(es), rule {options.rule}"
+    try:
+        with ExitStack() as stack:
+            stack.enter_context(record)
+            progress = stack.enter_context(Progress(options.steps, title, shown=here.rank == 0))
+            controller = stack.enter_context(_controller(job, task, record))
+            job.injector.attach(controller)
+            train(job, controller, record, progress)
+            evaluation = _probe(job, task.evaluation_batches()).measure(forward_module(model))
+            if evaluation.error is not None:
+                raise evaluation.error
+            if options.state_digest:
+                image = capture_state(model, optimizer, {"scheduler": job.scheduler})
+                path = options.out / f"state-rank{here.rank}.json"
+                path.write_text(json.dumps(digests(image), indent=1) + "\n", encoding="utf-8")
+    except StabilityError as error:
+        record.finish(error=error)
+        print(f"rank {here.rank}: {type(error).__name__}: {error}", file=sys.stderr, flush=True)
+        if isinstance(error, LockstepError):
+            # The process groups are unusable: their destructors may wait for ranks that will not come.
+            sys.stdout.flush()
+            os._exit(1)
+        return 1
+    except Exception as error:
+        record.finish(error=error)
+        raise
+    record.finish(evaluation=float(evaluation.value) if evaluation.value is not None else math.nan)
+    return 0
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command line; returns the exit status (2: nothing was started)."""
+    options = parse_options(arguments)
+    try:
+        task = make_task(options.task, data=options.data, dropout=options.dropout)
+        task.probe_batches(options.probe_size)
+        BatchOrder(len(task.train), options.batch_size, seed=options.seed)
+    except (DataMissing, MissingExtra, TextUnavailable, ValueError) as error:
+        if int(os.environ.get("RANK", "0")) == 0:
+            print(f"train.py: error: {error}", file=sys.stderr, flush=True)
+        return 2
+    with processes(options.parallel, options.device, int(os.environ.get("LOCAL_RANK", "0"))) as here:
+        return run(options, task, here)
+
+
+def _controller(job: Job, task: Task, record: RunRecorder) -> Controller:
+    """The guard, or what takes its place in a run without one."""
+    options = job.options
+    probe = _probe(job, task.probe_batches(options.probe_size))
+    if options.rule == "off":
+        return Unguarded(
+            job.model,
+            job.optimizer,
+            probe,
+            every=options.every,
+            probe_on=options.probe_on,
+            on_event=record.event,
+        )
+    return StabilityController(
+        job.model,
+        job.optimizer,
+        probe,
+        rule=(
+            FixedInnovation(options.epsilon, options.alpha)
+            if options.rule == "fixed"
+            else PredictiveInnovation(options.false_reject_rate)
+        ),
+        guards=(NonFiniteGuard(),),
+        extra_state={"scheduler": job.scheduler},
+        every=options.every,
+        mode="observe" if options.observe else "enforce",
+        probe_on=options.probe_on,
+        timeout=options.timeout,
+        on_event=record.event,
+    )
+
+
+def _probe(job: Job, batches: list[Batch]) -> LossProbe:
+    return LossProbe(job.loss_fn, [_to(batch, job.here.device) for batch in batches])
+
+
+def _batches(
+    options: Options, task: Task, device: torch.device, index: int, count: int
+) -> Callable[[], Iterator[tuple[int, list[Batch]]]]:
+    """All batches of the run, numbered, each as the micro-batches of this data replica."""
+    order = BatchOrder(
+        len(task.train), options.batch_size, seed=options.seed, index=index, count=count, accumulate=options.accumulate
+    )
+
+    def batches() -> Iterator[tuple[int, list[Batch]]]:
+        for number in range(options.steps):
+            yield number, [_to(task.train.batch(indices), device) for indices in order.micro_batches(number)]
+
+    return batches
+
+
+def _to(batch: Batch, device: torch.device) -> Batch:
+    inputs, targets = batch
+    return inputs.to(device), targets.to(device)
+
+
+def _optimizer(options: Options, model: nn.Module) -> Optimizer:
+    """Made after the model was wrapped, so that it owns the parameters that are trained."""
+    kernel: dict[str, Any] = {"foreach": options.implementation == "foreach", "fused": options.implementation == "fused"}
+    common: dict[str, Any] = {"lr": options.lr, "weight_decay": options.weight_decay, **kernel}
+    if options.optimizer == "sgd":
+        return torch.optim.SGD(model.parameters(), momentum=0.9, **common)
+    kind = torch.optim.AdamW if options.optimizer == "adamw" else torch.optim.Adam
+    return kind(model.parameters(), **common)
+
+
+def _factor(options: Options) -> Callable[[int], float]:
+    """Learning rate over ``--lr`` after so many accepted steps."""
+    warmup, steps = options.warmup, options.steps
+
+    def factor(accepted: int) -> float:
+        if accepted < warmup:
+            return (accepted + 1) / warmup
+        if options.schedule == "constant" or steps <= warmup:
+            return 1.0
+        return 0.5 * (1 + math.cos(math.pi * min(1.0, (accepted - warmup) / (steps - warmup))))
+
+    return factor
+
+
+def _dtype(options: Options) -> torch.dtype:
+    return torch.bfloat16 if options.dtype == "bfloat16" else torch.float32
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,122 @@
+"""What the wrappers of a model mean for the one who calls it: what to call, with whom it talks, which data it sees."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch.distributed as dist
+from torch import nn
+
+from . import _fsdp1, _fsdp2
+from ._classes import DDP, compiled_inner
+from .tensors import is_dtensor
+
+
+def forward_module(model: nn.Module) -> nn.Module:
+    """The module a probe calls: the same function as the model, without DDP's collectives.
+
+    DDP broadcasts buffers in every forward, in eval mode too (design, trap 2), so its inner module is called.
+    ``torch.compile`` inside DDP stays compiled; compiled around DDP it is left out with it. FSDP and tensor-parallel
+    models are returned as they are: their collectives are part of the function.
+    """
+    inner = compiled_inner(model)
+    unwrapped = model if inner is None else inner
+    return unwrapped.module if isinstance(unwrapped, DDP) else model
+
+
+def has_collectives(model: nn.Module) -> bool:
+    """Whether a forward of ``forward_module(model)`` enters collectives, so that every rank must run it."""
+    module = forward_module(model)
+    return any(isinstance(part, DDP) for part in module.modules()) or _shards(module) or _has_dtensors(module)
+
+
+def reshard(model: nn.Module) -> None:
+    """Put every FSDP module back to its sharded state, as before its first forward.
+
+    Call it at a step boundary (never between forward and backward) before parameters are read or written by way of
+    the optimizer's handles. Enters no collective; does nothing for other models, and costs an all-gather in the next
+    forward where FSDP had kept parameters gathered.
+    """
+    _fsdp1.reshard(model)
+    _fsdp2.reshard(model)
+
+
+def data_replica(model: nn.Module) -> tuple[int, int]:
+    """Which slice of the data this rank sees.
+
+    Returns:
+        Index of this rank's data replica and the number of replicas. Tensor-parallel ranks of one replica share an
+        index. (0, 1) in a single process.
+    """
+    if not (dist.is_available() and dist.is_initialized()):
+        return 0, 1
+    for unit in _fsdp1.units(model):
+        between = _fsdp1.replicas_group(unit)
+        inside, size = unit.process_group.rank(), unit.process_group.size()
+        return (inside, size) if between is None else (between.rank() * size + inside, between.size() * size)
+    for group in _fsdp2.groups(model):
+        return _place(group.mesh_info.mesh)
+    for part in model.modules():
+        if isinstance(part, DDP):
+            return part.process_group.rank(), part.process_group.size()
+    if _has_dtensors(model):
+        return 0, 1
+    return dist.get_rank(), dist.get_world_size()
+
+
+def forward_groups(model: nn.Module) -> list[Any]:
+    """The process groups in which a forward of ``forward_module(model)`` may communicate, each once.
+
+    A group in which only the backward of an HSDP model communicates may be among them.
+    """
+    found: dict[int, Any] = {}
+    module = forward_module(model)
+    for part in module.modules():
+        if isinstance(part, DDP):
+            found[id(part.process_group)] = part.process_group
+    for unit in _fsdp1.units(module):
+        found[id(unit.process_group)] = unit.process_group
+    meshes = [group.mesh_info.mesh for group in _fsdp2.groups(module)]
+    meshes += [tensor.device_mesh for tensor in _dtensors(module)]
+    for mesh in meshes:
+        for group in mesh.get_all_groups():
+            found[id(group)] = group
+    return list(found.values())
+
+
+def describe(model: nn.Module) -> str:
+    """The kind of parallelism, for messages and summaries: ddp, fsdp1, fsdp2, hsdp, tp, fsdp2+tp, ... or single."""
+    parts: list[str] = []
+    if any(isinstance(part, DDP) for part in model.modules()):
+        parts.append("ddp")
+    fsdp1, fsdp2 = _fsdp1.units(model), list(_fsdp2.groups(model))
+    if fsdp1:
+        parts.append("fsdp1" if _fsdp1.replicas_group(fsdp1[0]) is None else "hsdp")
+    if fsdp2:
+        parts.append("hsdp" if fsdp2[0].mesh_info.mesh.ndim > 1 else "fsdp2")
+    # Under FSDP2 every parameter is a DTensor; tensor parallelism shows as mesh dimensions that FSDP2 does not have.
+    data_dimensions = fsdp2[0].mesh_info.mesh.ndim if fsdp2 else 0
+    if any(tensor.device_mesh.ndim > data_dimensions for tensor in _dtensors(model)):
+        parts.append("tp")
+    return "+".join(parts) or "single"
+
+
+def _shards(model: nn.Module) -> bool:
+    return bool(_fsdp1.units(model) or _fsdp2.units(model))
+
+
+def _dtensors(model: nn.Module) -> list[Any]:
+    # FSDP2's own handles come first: a gathered module shows plain parameters in their place.
+    return [*_fsdp2.parameters(model), *(parameter for parameter in model.parameters() if is_dtensor(parameter))]
+
+
+def _has_dtensors(model: nn.Module) -> bool:
+    return bool(_dtensors(model))
+
+
+def _place(mesh: Any) -> tuple[int, int]:
+    """Row-major index of this rank in a mesh, and the mesh's size."""
+    index = 0
+    for here, size in zip(mesh.get_coordinate(), mesh.mesh.shape, strict=True):
+        index = index * size + here
+    return index, mesh.mesh.numel()

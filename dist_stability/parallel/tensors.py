@@ -1,0 +1,58 @@
+"""From a tensor that may be sharded to the plain tensor that lies on this rank, and back."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from ._classes import AsyncTensor, DTensor
+
+
+def is_dtensor(tensor: object) -> bool:
+    """Whether a tensor is a DTensor; False where torch has no torch.distributed."""
+    return isinstance(tensor, DTensor)
+
+
+def local(tensor: torch.Tensor) -> torch.Tensor:
+    """The part of a tensor that lies on this rank, as a plain detached tensor that shares its storage.
+
+    Enters no collective; waits for one that is still under way (AsyncCollectiveTensor).
+
+    Args:
+        tensor: DTensor, AsyncCollectiveTensor, parameter or plain tensor.
+
+    Returns:
+        The local shard, possibly with 0 elements; writing into it writes into ``tensor``.
+    """
+    if isinstance(tensor, DTensor):
+        # Without autograd `to_local` hands out the shard itself instead of building a graph node.
+        with torch.no_grad():
+            tensor = tensor.to_local()
+    if isinstance(tensor, AsyncTensor):
+        tensor = tensor.wait()
+    return tensor.detach()
+
+
+@dataclass(frozen=True, slots=True)
+class Wrapping:
+    """How a DTensor is laid out, without its data: enough to make it again from a local shard."""
+
+    mesh: Any
+    placements: tuple[Any, ...]
+    shape: torch.Size
+    stride: tuple[int, ...]
+
+    def wrap(self, shard: torch.Tensor) -> torch.Tensor:
+        """A DTensor of this layout around ``shard``. Enters no collective."""
+        return DTensor.from_local(
+            shard, self.mesh, self.placements, run_check=False, shape=self.shape, stride=self.stride
+        )
+
+
+def wrapping(tensor: torch.Tensor) -> Wrapping | None:
+    """The layout of a DTensor; None for a tensor that is not one."""
+    if not isinstance(tensor, DTensor):
+        return None
+    return Wrapping(tensor.device_mesh, tuple(tensor.placements), tensor.shape, tuple(tensor.stride()))

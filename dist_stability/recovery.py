@@ -1,0 +1,207 @@
+"""Safe state: what is captured when, and how every rank gets back to it together.
+
+* Parameters and optimizer state: at a commit, into a slot of the ring.
+* RNG and buffers: at the first training forward after a verdict, so that what the loader drew before it stays and what
+  a refused forward drew or moved is undone.
+* Per-group values, schedulers, GradScaler, ``extra_state``: on entry of ``step()``, before the optimizer runs, so that
+  a scheduler or EMA stepped after an accepted verdict belongs to the committed state.
+
+Captured one moment earlier or later, the run is no longer its golden twin.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+from . import parallel
+from .attempt import Attempt, Phases, one_line
+from .errors import LockstepError, SnapshotError
+from .rules import Guarantees
+from .snapshot import EntryState, ForwardState, Slot, SlotRing, StatePlan
+from .vote import Ballot, Vote
+
+
+class Recovery:
+    """Owns the plan, the ring of slots and the copies of everything else.
+
+    Args:
+        model: As the loop calls it.
+        optimizers: All that make the proposal.
+        extra_state: Objects with ``state_dict`` and ``load_state_dict``, by name.
+        world: Number of ranks.
+        anchors: How many older states to keep for deep restores.
+        phases: Of this controller.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizers: Sequence[Optimizer],
+        extra_state: Mapping[str, Any],
+        world: int,
+        anchors: int,
+        phases: Phases,
+    ) -> None:
+        """Make the plan; copies nothing yet.
+
+        Raises:
+            StabilityError: The optimizers do not own the model's parameters.
+        """
+        self._model = model
+        self._optimizers = tuple(optimizers)
+        self._extra_state = dict(extra_state)
+        self._world = world
+        self._anchors = anchors
+        self._phases = phases
+        self.plan = self._build()
+        self.ring = SlotRing(anchors)
+        # What an attempt that follows unjudged ones would be undone to by a veto; a rollback goes further back.
+        self._scratch = ForwardState(model)
+        self._forward = self._scratch
+        self._entry: EntryState | None = None
+        self._stale = False
+
+    def _build(self) -> StatePlan:
+        parallel.reshard(self._model)
+        return StatePlan.build(self._model, self._optimizers, self._world)
+
+    # ------------------------------------------------------------------ capture
+
+    def mark_stale(self) -> None:
+        """The weights are about to be loaded from elsewhere: take them as committed at the next training forward."""
+        self._stale = True
+
+    def capture_forward(self, attempt: int, pending: bool) -> None:
+        """At the first training forward after a verdict. Local, because other ranks may be anywhere.
+
+        Args:
+            attempt: The attempt this forward belongs to.
+            pending: Unjudged attempts were accepted since the last judged commit.
+        """
+        if self._stale:
+            self.plan = self._build()
+            self.ring = SlotRing(self._anchors)
+            self.commit(self.plan, attempt - 1, None)
+            self._stale = False
+        if pending:
+            self._forward = self._scratch
+        else:
+            if self.ring.safe.forward is None:
+                self.ring.safe.forward = ForwardState(self._model)
+            self._forward = self.ring.safe.forward
+        self._forward.capture()
+
+    def capture_entry(self, scaler: Any, pending: bool) -> None:
+        """On entry of ``step()``."""
+        self._entry = EntryState.capture(self._optimizers, scaler, self._extra_state)
+        if not pending:
+            self.ring.safe.entry = self._entry
+
+    def proposal_plan(self) -> StatePlan:
+        """The plan that fits the proposal: the current one, unless state tensors appeared or vanished."""
+        parallel.reshard(self._model)
+        return self.plan if self.plan.is_current() else self._build()
+
+    def commit(self, plan: StatePlan, attempt: int, rule_anchor: dict[str, Any] | None) -> None:
+        """Copy the committed state into a free slot, and only then let go of the one before.
+
+        Args:
+            plan: From :meth:`proposal_plan`.
+            attempt: The committed attempt.
+            rule_anchor: The rule's statistics, if this commit is an anchor.
+        """
+        self._phases.enter("copy")
+        self.plan = plan
+        slot = self.ring.begin()
+        slot.fill(plan, attempt, on_chunk=self._phases.chunk("copy"))
+        slot.rule_anchor = rule_anchor
+        slot.publish()
+        self.ring.commit(slot, as_anchor=rule_anchor is not None)
+
+    # ------------------------------------------------------------------ undo
+
+    def undo_forward(self, scaler: Any) -> None:
+        """A veto: the step was a no-op; take back the forward's RNG draws, its buffers, and the scaler's unscaling."""
+        self._forward.restore()
+        if scaler is not None and self._entry is not None:
+            self._entry.restore(self._optimizers, scaler, self._extra_state)
+
+    def restore(self, attempt: Attempt, wanted: Slot, vote: Vote, guarantees: Guarantees, replicas: bool) -> Slot:
+        """Bring every rank back to ``wanted``, or to the newest older slot that is sound on all of them.
+
+        Args:
+            attempt: The refused attempt.
+            wanted: The last committed state, or an anchor.
+            vote: Of this controller.
+            guarantees: Checks Proposition 7.4 on the restored bits.
+            replicas: Compare the restored bits over replicas as well.
+
+        Returns:
+            The slot that was restored, equal on all ranks.
+
+        Collectives: two votes for each slot tried.
+
+        Raises:
+            SnapshotError: On every rank: no slot is sound everywhere.
+            LockstepError: On every rank: a restore failed half-way on some rank.
+        """
+        self._phases.enter("restore")
+        trouble: list[str] = []
+        for slot in self.ring.no_newer_than(wanted):
+            damaged = slot.verify()
+            ballot = Ballot(no=bool(damaged), agree={**attempt.agree, "point of the protocol": 3})
+            if vote.cast(ballot, attempt.index).no:
+                for rank, names in vote.gather(damaged[:3], attempt.index).items():
+                    trouble += [f"rank {rank}: snapshot of attempt {slot.attempt}: damaged {n}" for n in names]
+                continue
+            failure = self._write_back(slot, attempt.scaler, guarantees)
+            ballot = Ballot(
+                no=failure is not None,
+                agree={**attempt.agree, "point of the protocol": 4},
+                checksums=slot.digests if replicas else {},
+            )
+            tally = vote.cast(ballot, attempt.index)
+            if tally.no:
+                self._raise_half_restored(vote.gather(one_line(failure), attempt.index), attempt.index, failure)
+            if not tally.split_replicas:
+                return slot
+            trouble.append(f"snapshot of attempt {slot.attempt}: replicas differ on ranks {tally.split_replicas}")
+        raise SnapshotError(
+            f"attempt {attempt.index}: refused, and no snapshot is sound on every rank ({'; '.join(trouble)}). "
+            f"Restart the job from its last checkpoint."
+        )
+
+    def _write_back(self, slot: Slot, scaler: Any, guarantees: Guarantees) -> BaseException | None:
+        """Write one slot into the live state, in place; what went wrong, if anything did."""
+        try:
+            parallel.reshard(self._model)
+            slot.restore(on_chunk=self._phases.chunk("restore"))
+            if slot.entry is not None:
+                slot.entry.restore(self._optimizers, scaler, self._extra_state)
+            if slot.forward is not None:
+                slot.forward.restore()
+            # Unsharded or autocast copies of the refused weights would be used instead of the restored ones.
+            parallel.reshard(self._model)
+            torch.clear_autocast_cache()
+            self.plan = slot.plan
+            live = slot.plan.digests(slot.plan.tensors())
+            guarantees.restored([int(d) for d in slot.digests.values()], [int(live[key]) for key in slot.digests])
+        except Exception as error:
+            return error
+        return None
+
+    @staticmethod
+    def _raise_half_restored(said: Mapping[int, str | None], attempt: int, failure: BaseException | None) -> None:
+        failed = {rank: text for rank, text in said.items() if text is not None}
+        raise LockstepError(
+            f"attempt {attempt}: the restore failed on "
+            + "; ".join(f"rank {rank} ({text})" for rank, text in failed.items())
+            + ". Its state is neither the old nor the new one: restart the job from its last checkpoint.",
+            ranks=failed,
+            step=attempt,
+        ) from failure

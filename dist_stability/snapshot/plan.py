@@ -1,0 +1,321 @@
+"""What training state is: every tensor and value that an optimizer step may change, planned once.
+
+Lifecycle. ``StatePlan.build`` walks the optimizers' parameters and states. Afterwards the plan holds no tensor of the
+state and no address: ``walk`` (and ``tensors``) resolve everything through the optimizers each time. When state appears
+or vanishes (Adam's moments at its first step), ``is_current`` is False and all ranks together make a new plan.
+
+Entry contract: parameters are in their sharded state (``parallel.reshard``) whenever a plan is built or used.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+from .. import parallel
+from ..errors import SnapshotError, StabilityError
+from .digest import combine, entry_digests, select
+from .tree import Ref, Walk
+
+# What wrappers put into the names of the modules they wrap.
+_WRAPPERS = re.compile(r"\b(_fsdp_wrapped_module|_orig_mod|_checkpoint_wrapped_module)\.|^module\.")
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Entry:
+    """One plain local tensor of the state.
+
+    Attributes:
+        name: For messages: the parameter's name, or "exp_avg of <name>".
+        residence: The ranks that hold the same elements.
+        dtype: Element type.
+        shape: Shape of the local part; may have 0 elements.
+    """
+
+    name: str
+    residence: parallel.Residence
+    dtype: torch.dtype
+    shape: torch.Size
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of its elements."""
+        return self.shape.numel() * self.dtype.itemsize
+
+
+class Digests(dict[tuple[int, ...], torch.Tensor]):
+    """One digest for each set of ranks that hold the same state: 0-d int64, equal on all ranks of the set.
+
+    Attributes:
+        entries: The digests of the single entries, from which the others are made; they name a damaged one.
+    """
+
+    def __init__(self, classes: dict[tuple[int, ...], torch.Tensor], entries: torch.Tensor) -> None:
+        """Keep both."""
+        super().__init__(classes)
+        self.entries = entries
+
+
+class Held(NamedTuple):
+    """What belongs to one key of ``optimizer.state``.
+
+    Attributes:
+        key: The parameter, or a key that is none.
+        parameter: The place of the parameter itself; None if the key is none.
+        state: A copy of its state, with places for tensors (see :class:`~.tree.Walk`); {} if there is none.
+    """
+
+    key: Any
+    parameter: Ref | None
+    state: Any
+
+
+@dataclass(frozen=True, slots=True)
+class Image:
+    """The live state of one moment: its tensors by reference, the rest as a copy.
+
+    Attributes:
+        tensors: One for each entry of the plan: plain local tensors that share the live storage.
+        held: For each optimizer, every parameter in order and then every other key that has state.
+    """
+
+    tensors: list[torch.Tensor]
+    held: tuple[tuple[Held, ...], ...]
+
+
+class StatePlan:
+    """The list of every tensor and value that is training state. Make one with :meth:`build`.
+
+    Attributes:
+        optimizers: The optimizers, in the caller's order.
+        parameters: (name, handle, residence) of every parameter of the optimizers, in their order.
+        entries: Every tensor of the state, once (tensors that share memory exactly have one entry).
+        residences: The different sets of ranks among the entries, sorted.
+        signature: 64-bit number, the same on every rank that trains the same model with the same optimizers. Made of
+            parameters only: ranks whose shards are empty may have no state for them.
+        nbytes: Bytes of all entries on this rank.
+    """
+
+    def __init__(
+        self,
+        optimizers: Sequence[Optimizer],
+        parameters: Sequence[tuple[str, torch.Tensor, parallel.Residence]],
+        state_residences: dict[int, parallel.Residence],
+        signature: int,
+    ) -> None:
+        """Use :meth:`build`."""
+        self.optimizers = tuple(optimizers)
+        self.parameters = tuple(parameters)
+        self.signature = signature
+        self._names = {id(handle): name for name, handle, _ in self.parameters}
+        walk, _ = _walk(self.optimizers)
+        self._shape = walk.shape
+        # Parts that are the same memory (tied weights, shared state) have one entry, that of the first of them.
+        entry_of: dict[Any, int] = {}
+        self.places: list[int] = []
+        self._tied: list[tuple[int, int]] = []
+        owners: list[int] = []
+        for part, tensor in enumerate(walk.parts):
+            place = entry_of.setdefault(_memory(tensor) if tensor.numel() else part, len(owners))
+            if place == len(owners):
+                owners.append(part)
+            else:
+                self._tied.append((owners[place], part))
+            self.places.append(place)
+        homes = {id(handle): home for _, handle, home in self.parameters}
+        # What is kept under a key that is no parameter may differ between ranks, for all we know.
+        own = parallel.Residence((parallel.this_rank(),))
+        self.entries = tuple(
+            Entry(
+                self.name(walk.paths[part]),
+                (state_residences if len(walk.paths[part]) > 2 else homes).get(walk.paths[part][1], own),
+                walk.parts[part].dtype,
+                walk.parts[part].shape,
+            )
+            for part in owners
+        )
+
+    @classmethod
+    def build(cls, model: nn.Module, optimizers: Sequence[Optimizer], world: int) -> StatePlan:
+        """Walk model and optimizers. Puts FSDP modules back to their sharded state; enters no collective.
+
+        Handles come from the optimizers: what ``model.parameters()`` yields may be gathered copies (design, trap 1).
+        Parameters that no optimizer has are not state. An optimizer may have some parameters that the model lacks.
+
+        Args:
+            model: The model as the training loop holds it, wrappers included.
+            optimizers: Its optimizers.
+            world: Number of ranks of the job.
+
+        Raises:
+            StabilityError: An optimizer has no parameter of the model, or two optimizers share one.
+        """
+        parallel.reshard(model)
+        layout = parallel.Layout(model, world)
+        known = {id(parameter): _WRAPPERS.sub("", name) for name, parameter in model.named_parameters()}
+        parameters: list[tuple[str, torch.Tensor, parallel.Residence]] = []
+        state_residences: dict[int, parallel.Residence] = {}
+        facts: list[Any] = []
+        seen: dict[int, int] = {}
+        for number, optimizer in enumerate(optimizers):
+            _check_owned(number, optimizer, known)
+            for place, group in enumerate(optimizer.param_groups):
+                for position, handle in enumerate(group["params"]):
+                    name = known.get(id(handle), f"optimizer {number} group {place} parameter {position}")
+                    if seen.setdefault(id(handle), number) != number:
+                        raise StabilityError(
+                            f"optimizers {seen[id(handle)]} and {number} both have the parameter {name}; "
+                            "give each parameter to one optimizer"
+                        )
+                    parameters.append((name, handle, layout.residence(handle)))
+                    state_residences[id(handle)] = layout.state_residence(handle, optimizer)
+                    facts.append((number, place, name, str(handle.dtype), layout.shape(handle)))
+        signature = int.from_bytes(hashlib.blake2b(repr(facts).encode(), digest_size=8).digest(), "big")
+        return cls(optimizers, parameters, state_residences, signature)
+
+    def is_current(self) -> bool:
+        """Whether parameters, state keys, dtypes and shapes are still those of the plan. An empty state is no state.
+
+        Costs one walk in Python: no device work, no collective.
+        """
+        walk, _ = _walk(self.optimizers)
+        return self._fits(walk)
+
+    def image(self) -> Image:
+        """The live state now.
+
+        Raises:
+            SnapshotError: The plan is no longer current.
+        """
+        walk, held = _walk(self.optimizers)
+        if not self._fits(walk):
+            raise SnapshotError(
+                f"rank {parallel.this_rank()}: optimizer state appeared, vanished or changed its shape since the plan "
+                "was made; all ranks have to make a new plan"
+            )
+        tensors: list[torch.Tensor] = []
+        for part, place in zip(walk.parts, self.places, strict=True):
+            if place == len(tensors):
+                tensors.append(part)
+        return Image(tensors, held)
+
+    def tensors(self) -> list[torch.Tensor]:
+        """The live local tensors, one for each entry; see :meth:`image`."""
+        return self.image().tensors
+
+    @property
+    def values(self) -> dict[str, Any]:
+        """The optimizer state that is no tensor (step counters, None, strings), by name: copies."""
+        return {
+            self.name((number, _mark(held.key), *path)): value
+            for number, of_optimizer in enumerate(_walk(self.optimizers)[1])
+            for held in of_optimizer
+            for path, value in _values(held.state, ())
+        }
+
+    def name(self, path: tuple[Any, ...]) -> str:
+        """What lies at a path of a walk, for messages: "weight", "exp_avg of weight", "step of state 'ema' ..."."""
+        number, mark, *rest = path
+        owner = self._names.get(mark, f"state {mark!r} of optimizer {number}")
+        return f"{'.'.join(map(str, rest))} of {owner}" if rest else owner
+
+    def digests(self, tensors: Sequence[torch.Tensor]) -> Digests:
+        """A digest for each set of ranks, over this rank's part of the entries that lie on exactly those ranks.
+
+        Args:
+            tensors: One for each entry: live ones, or their copies in a slot.
+
+        Returns:
+            On the tensors' device; no host sync, no collective.
+        """
+        single = entry_digests(tensors)
+        sizes = [entry.nbytes for entry in self.entries]
+        return Digests(
+            {
+                ranks: combine(select(single, members), [sizes[index] for index in members])
+                for ranks, members in self._classes.items()
+            },
+            single,
+        )
+
+    @cached_property
+    def residences(self) -> tuple[tuple[int, ...], ...]:
+        """See the class."""
+        return tuple(self._classes)
+
+    @cached_property
+    def nbytes(self) -> int:
+        """See the class."""
+        return sum(entry.nbytes for entry in self.entries)
+
+    @cached_property
+    def _classes(self) -> dict[tuple[int, ...], tuple[int, ...]]:
+        members: dict[tuple[int, ...], list[int]] = {}
+        for index, entry in enumerate(self.entries):
+            members.setdefault(entry.residence.ranks, []).append(index)
+        return {ranks: tuple(members[ranks]) for ranks in sorted(members)}
+
+    def _fits(self, walk: Walk) -> bool:
+        # Parts that shared an entry must share memory still, or one of them would be left out.
+        return walk.shape == self._shape and all(
+            _memory(walk.parts[first]) == _memory(walk.parts[second]) for first, second in self._tied
+        )
+
+
+def _walk(optimizers: Sequence[Optimizer]) -> tuple[Walk, tuple[tuple[Held, ...], ...]]:
+    """Every parameter, each followed by its state, then the state under other keys; one optimizer after the other."""
+    walk = Walk()
+    everything = []
+    for number, optimizer in enumerate(optimizers):
+        of_optimizer = []
+        members = set()
+        for group in optimizer.param_groups:
+            for handle in group["params"]:
+                members.add(id(handle))
+                place = walk.take(handle, (number, id(handle)))
+                # Not optimizer.state[handle]: it is a defaultdict, and looking would make an entry.
+                state = optimizer.state.get(handle)
+                of_optimizer.append(Held(handle, place, walk.take(state, (number, id(handle))) if state else {}))
+        for key, state in optimizer.state.items():
+            if id(key) not in members and state != {}:
+                of_optimizer.append(Held(key, None, walk.take(state, (number, _mark(key)))))
+        everything.append(tuple(of_optimizer))
+    return walk, tuple(everything)
+
+
+def _mark(key: Any) -> Any:
+    """What stands for a key of ``optimizer.state`` in a path: comparing tensors would compare their elements."""
+    return id(key) if isinstance(key, torch.Tensor) else key
+
+
+def _memory(tensor: torch.Tensor) -> tuple[Any, ...]:
+    return tensor.data_ptr(), tensor.device, tensor.dtype, tensor.shape, tensor.stride()
+
+
+def _values(tree: Any, path: tuple[Any, ...]) -> Iterator[tuple[tuple[Any, ...], Any]]:
+    if isinstance(tree, dict):
+        for key, item in tree.items():
+            yield from _values(item, (*path, key))
+    elif isinstance(tree, list | tuple):
+        for index, item in enumerate(tree):
+            yield from _values(item, (*path, index))
+    elif not isinstance(tree, Ref):
+        yield path, tree
+
+
+def _check_owned(number: int, optimizer: Optimizer, known: dict[int, str]) -> None:
+    handles = [handle for group in optimizer.param_groups for handle in group["params"]]
+    if not any(id(handle) in known for handle in handles):
+        raise StabilityError(
+            f"optimizer {number} ({type(optimizer).__name__}) has none of the model's parameters; probably the model "
+            "was wrapped after the optimizer was made (FSDP2's fully_shard, tensor parallelism and FSDP1 without "
+            "use_orig_params replace parameters): make the optimizer after wrapping"
+        )

@@ -1,0 +1,82 @@
+"""The last few snapshots: the last committed state, older anchors, and one slot to fill."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from ..errors import SnapshotError
+from .slot import Slot, SlotState
+
+
+class SlotRing:
+    """Owns ``2 + anchors`` slots and knows what each is for. A slot can be the safe one and an anchor at once.
+
+    Attributes:
+        safe: The last committed state; raises before the first commit.
+        anchors: Older committed states for a deep rollback, oldest first; after one, both may be the same slot.
+    """
+
+    def __init__(self, anchors: int) -> None:
+        """Make the slots; memory comes with the first fill of each.
+
+        Args:
+            anchors: How many older states are kept, 0 to 2.
+        """
+        self._kept = anchors
+        self._slots = [Slot() for _ in range(2 + anchors)]
+        self._safe: Slot | None = None
+        self.anchors: list[Slot] = []
+
+    @property
+    def safe(self) -> Slot:
+        """See the class."""
+        if self._safe is None:
+            raise SnapshotError("nothing was committed yet, so there is nothing to go back to")
+        return self._safe
+
+    def begin(self) -> Slot:
+        """A slot to fill: one that is neither safe nor an anchor. What an interrupted fill left in it is given up."""
+        slot = next(slot for slot in self._slots if not self._in_use(slot))
+        slot.release()
+        return slot
+
+    def commit(self, slot: Slot, as_anchor: bool = False) -> None:
+        """Make a valid slot the safe one, and the newest anchor if asked to.
+
+        Raises:
+            SnapshotError: The slot is not VALID: an incomplete copy must never replace a good one.
+        """
+        if slot.state is not SlotState.VALID:
+            raise SnapshotError(f"a slot that is {slot.state} cannot become the safe one")
+        self._safe = slot
+        if as_anchor and self._kept:
+            self.anchors = [*self.anchors, slot][-self._kept :]
+        self._release_unused()
+
+    def fall_back(self, slot: Slot) -> None:
+        """After ``slot`` was restored: it is the safe one. An older anchor takes the place of all anchors, too.
+
+        The states committed after it are undone; nothing may go back to them. Their number stays, as the rule counts
+        its own anchors the same way.
+        """
+        if slot is self._safe:
+            return
+        self._safe = slot
+        self.anchors = [slot] * len(self.anchors)
+        self._release_unused()
+
+    def no_newer_than(self, slot: Slot) -> Iterator[Slot]:
+        """``slot`` and then the older ones, newest first: where to look if ``slot`` turns out to be damaged."""
+        yield slot
+        seen = {id(slot)}
+        for other in sorted({id(a): a for a in self.anchors}.values(), key=lambda kept: kept.attempt, reverse=True):
+            if id(other) not in seen and other.attempt < slot.attempt:
+                yield other
+
+    def _in_use(self, slot: Slot) -> bool:
+        return slot is self._safe or any(slot is anchor for anchor in self.anchors)
+
+    def _release_unused(self) -> None:
+        for slot in self._slots:
+            if not self._in_use(slot):
+                slot.release()

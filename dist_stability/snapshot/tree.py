@@ -1,0 +1,179 @@
+"""Optimizer state as a tree: its tensors in a fixed order, and the rest as a copy that can be laid over live state.
+
+``optimizer.state`` maps parameters (and, for some optimizers, other keys) to dicts whose values are tensors, numbers,
+None, strings, or containers of them. :class:`Walk` takes such a tree apart; :class:`Overlay` puts a copy back into the
+live tree, changing as little as it can: tensors and containers that are still there stay the same objects.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+from .. import parallel
+from ..errors import SnapshotError
+
+_IMMUTABLE = (int, float, bool, complex, str, bytes, type(None), torch.dtype, torch.device)
+_MISSING = object()
+
+
+@dataclass(frozen=True, slots=True)
+class Ref:
+    """The place of a tensor in a copied tree.
+
+    Attributes:
+        start: Number of its first plain part among all parts of the walk.
+        count: Number of plain parts: 1, or more for a wrapper subclass (an 8-bit state has codes and scales).
+        path: Where it is, for messages.
+        layout: How to make a DTensor around a part; None for a plain tensor.
+        device: Where its first part lies.
+        plain: It can be made again from its one part.
+    """
+
+    start: int
+    count: int
+    path: tuple[Any, ...]
+    layout: parallel.Wrapping | None
+    device: torch.device
+    plain: bool
+
+
+def parts(tensor: torch.Tensor) -> list[torch.Tensor]:
+    """The plain local tensors that make up a tensor: itself, its shard, or what a wrapper subclass holds."""
+    shard = parallel.local(tensor)
+    if not is_traceable_wrapper_subclass(shard):
+        return [shard]
+    names, _ = shard.__tensor_flatten__()  # type: ignore[attr-defined]
+    return [part for name in names for part in parts(getattr(shard, name))]
+
+
+def _tuple_like(model: tuple[Any, ...], items: list[Any]) -> tuple[Any, ...]:
+    """A tuple, or a named tuple of the same class."""
+    return type(model)(*items) if hasattr(model, "_fields") else tuple(items)
+
+
+class Walk:
+    """Takes trees apart, one after the other.
+
+    Attributes:
+        parts: The plain local tensors of all trees so far, in order.
+        shape: What has to stay the same for a plan to stay valid: paths, and each tensor's dtype and shape.
+    """
+
+    def __init__(self) -> None:
+        """Nothing seen yet."""
+        self.parts: list[torch.Tensor] = []
+        self.shape: list[Any] = []
+        self.paths: list[tuple[Any, ...]] = []
+
+    def take(self, value: Any, path: tuple[Any, ...] = ()) -> Any:
+        """Copy a tree, with a :class:`Ref` in place of each tensor. Values that can change are deep copies."""
+        if isinstance(value, torch.Tensor):
+            return self._tensor(value, path)
+        if isinstance(value, dict):
+            self.shape.append((path, len(value)))
+            return {key: self.take(item, (*path, key)) for key, item in value.items()}
+        if isinstance(value, list | tuple):
+            self.shape.append((path, len(value)))
+            items = [self.take(item, (*path, index)) for index, item in enumerate(value)]
+            return items if isinstance(value, list) else _tuple_like(value, items)
+        self.shape.append(path)
+        return value if isinstance(value, _IMMUTABLE) else copy.deepcopy(value)
+
+    def _tensor(self, tensor: torch.Tensor, path: tuple[Any, ...]) -> Ref:
+        shard = parallel.local(tensor)
+        plain = not is_traceable_wrapper_subclass(shard)
+        found = [shard] if plain else parts(shard)
+        self.shape.append((path, tensor.dtype, tensor.shape))
+        self.paths.extend([path] if plain else [(*path, index) for index in range(len(found))])
+        self.parts.extend(found)
+        return Ref(len(self.parts) - len(found), len(found), path, parallel.wrapping(tensor), found[0].device, plain)
+
+
+class Overlay:
+    """Lays a copied tree over a live one.
+
+    Containers are changed at once; tensor contents are only noted, as pairs in ``copies``.
+    """
+
+    def __init__(self, saved: Callable[[int], torch.Tensor], name: Callable[[tuple[Any, ...]], str]) -> None:
+        """Nothing laid yet.
+
+        Args:
+            saved: The copy of a part, by its number in the walk that made the tree.
+            name: Names what lies at a path, for messages.
+        """
+        self._saved = saved
+        self._name = name
+        self.copies: list[tuple[torch.Tensor, torch.Tensor]] = []
+
+    def check(self, live: Any, copied: Any) -> None:
+        """Raise SnapshotError if ``lay`` could not succeed. Changes nothing."""
+        if isinstance(copied, Ref):
+            if not copied.plain and not self.matches(live, copied):
+                raise SnapshotError(
+                    f"rank {parallel.this_rank()}: {self._name(copied.path)} is no longer there, or has another form, "
+                    "and a tensor of its class cannot be made again"
+                )
+        elif isinstance(copied, dict):
+            for key, item in copied.items():
+                self.check(live.get(key, _MISSING) if isinstance(live, dict) else _MISSING, item)
+        elif isinstance(copied, list | tuple):
+            same = isinstance(live, list | tuple) and len(live) == len(copied)
+            for index, item in enumerate(copied):
+                self.check(live[index] if same else _MISSING, item)
+
+    def matches(self, live: Any, ref: Ref) -> bool:
+        """Whether ``live`` is a tensor of the copied one's form, so that the copy can be written into it."""
+        return self._matching(live, ref) is not None
+
+    def lay(self, live: Any, copied: Any) -> Any:
+        """The value that belongs where ``live`` was: ``live`` itself, changed in place, wherever that is possible."""
+        if isinstance(copied, Ref):
+            return self._tensor(live, copied)
+        if isinstance(copied, dict):
+            return self._dict(live if isinstance(live, dict) else {}, copied)
+        if isinstance(copied, list):
+            if not isinstance(live, list) or len(live) != len(copied):
+                return [self.lay(_MISSING, item) for item in copied]
+            live[:] = [self.lay(old, item) for old, item in zip(live, copied, strict=True)]
+            return live
+        if isinstance(copied, tuple):
+            same = isinstance(live, tuple) and len(live) == len(copied)
+            return _tuple_like(copied, [self.lay(live[i] if same else _MISSING, x) for i, x in enumerate(copied)])
+        return copied if isinstance(copied, _IMMUTABLE) else copy.deepcopy(copied)
+
+    def _dict(self, live: dict[Any, Any], copied: dict[Any, Any]) -> dict[Any, Any]:
+        for key in [key for key in live if key not in copied]:
+            del live[key]
+        for key, item in copied.items():
+            old = live.get(key, _MISSING)
+            new = self.lay(old, item)
+            if new is not old:
+                live[key] = new
+        return live
+
+    def _tensor(self, live: Any, ref: Ref) -> torch.Tensor:
+        found = self._matching(live, ref)
+        if found is not None:
+            self.copies.extend((part, self._saved(ref.start + index)) for index, part in enumerate(found))
+            return live
+        fresh = torch.empty_like(self._saved(ref.start), device=ref.device)
+        self.copies.append((fresh, self._saved(ref.start)))
+        return fresh if ref.layout is None else ref.layout.wrap(fresh)
+
+    def _matching(self, live: Any, ref: Ref) -> list[torch.Tensor] | None:
+        """The parts of a live tensor that has the form of the copied one, or None."""
+        if not isinstance(live, torch.Tensor) or parallel.wrapping(live) != ref.layout:
+            return None
+        found = parts(live)
+        saved = [self._saved(ref.start + index) for index in range(ref.count)]
+        same = len(found) == ref.count and all(
+            part.shape == kept.shape and part.dtype == kept.dtype for part, kept in zip(found, saved, strict=True)
+        )
+        return found if same else None

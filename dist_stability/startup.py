@@ -1,0 +1,74 @@
+"""What a controller does once, at construction: find its ranks, and agree with them on what was given."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping, Sequence
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from .errors import LockstepError
+from .vote import Vote
+from .watch import Watch
+
+# Controllers are made by all ranks together, so this counts alike everywhere and keeps their notes apart.
+_controllers = itertools.count()
+
+
+def world_of(group: dist.ProcessGroup | None) -> tuple[int, ...]:
+    """Global ranks that train together; (0,) without torch.distributed."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return (0,)
+    return tuple(dist.get_process_group_ranks(group)) if group is not None else tuple(range(dist.get_world_size()))
+
+
+def make_vote(group: dist.ProcessGroup | None, device: torch.device, timeout: float) -> tuple[Vote, Watch | None]:
+    """The voting group and the watch over its ranks. Collective: every rank of ``group`` makes them together.
+
+    The group is a new one that nobody else uses: other collectives cannot come between, and its timeout is ours.
+
+    Args:
+        group: The ranks that train together; None for all.
+        device: Where the parameters are.
+        timeout: Seconds.
+    """
+    ranks = world_of(group)
+    if len(ranks) == 1:
+        return Vote(None, ranks, ranks[0], device, timeout, None), None
+    mine = dist.new_group(list(ranks), timeout=timedelta(seconds=timeout), use_local_synchronization=group is not None)
+    if "nccl" in str(dist.get_backend(mine)):
+        device = torch.device("cuda", torch.cuda.current_device())  # offloaded parameters are on the CPU
+    # There is no public way to the store that init_process_group made or was given.
+    store = dist.distributed_c10d._get_default_store()
+    watch = Watch(store, f"dist_stability/{next(_controllers)}", dist.get_rank(), ranks, timeout)
+    return Vote(mine, ranks, dist.get_rank(), device, timeout, watch), watch
+
+
+def agree_on_settings(vote: Vote, settings: Mapping[str, Any]) -> None:
+    """Compare JSON-able settings over the ranks.
+
+    Collectives: two all-gathers.
+
+    Raises:
+        LockstepError: On every rank, naming the first setting that differs, the ranks and their values.
+    """
+    everyone = vote.gather(dict(settings), -1)
+    first = vote.ranks[0]
+    for name in settings:
+        expected = everyone[first].get(name)
+        differing = [rank for rank in vote.ranks if everyone[rank].get(name) != expected]
+        if differing:
+            shown = "; ".join(f"rank {rank}: {everyone[rank].get(name)}" for rank in (first, *differing[:3]))
+            raise LockstepError(
+                f"the ranks were given a different {name} ({shown}); give every rank the same", ranks=differing
+            )
+
+
+def agree_on_replicas(vote: Vote, residences: Sequence[tuple[int, ...]]) -> tuple[tuple[int, ...], ...]:
+    """All groups of ranks that hold the same state, in one order for all. Collectives: two all-gathers."""
+    mine = [list(ranks) for ranks in residences if len(ranks) > 1]
+    everyone = vote.gather(mine, -1)
+    return tuple(sorted({tuple(ranks) for groups in everyone.values() for ranks in groups}))

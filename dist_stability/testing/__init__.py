@@ -1,0 +1,20 @@
+"""For test-suites, ours and yours: faults on purpose, and the golden-twin oracle that judges the recovery."""
+
+from .faults import BITS, KINDS, LOSS_PHASES, PHASES, Fault, FaultInjector, InjectedFault, flip_largest
+from .oracle import Outcome, StateImage, assert_golden_twin, capture_state, compare
+
+__all__ = [
+    "BITS",
+    "KINDS",
+    "LOSS_PHASES",
+    "PHASES",
+    "Fault",
+    "FaultInjector",
+    "InjectedFault",
+    "Outcome",
+    "StateImage",
+    "assert_golden_twin",
+    "capture_state",
+    "compare",
+    "flip_largest",
+]

@@ -1,0 +1,354 @@
+"""Faults on purpose, keyed by (rank, step, phase): the same ones with the controller and without it.
+
+A :class:`FaultInjector` holds a list of :class:`Fault` and can reach a run in three ways, which may be combined:
+
+* ``injector.attach(controller)`` listens to the phases of the guarded step, so it can act anywhere in it;
+* ``injector.gradients(step, parameters)`` between ``backward()`` and the optimizer step, and
+  ``injector.weights(step, parameters)`` after it, do the same in a plain loop (an unguarded baseline);
+* ``probe=LossProbe(injector.wrap_loss(loss_fn), batches)`` lets faults act in the probe's loss function.
+
+A fault acts at most once in an attempt, so a loop that calls ``gradients`` before it clips may also be attached. What
+fired on this rank is in ``injector.fired``. Nothing here is random: :meth:`FaultInjector.random` draws the faults when
+it is built, from a seed. ``step`` is the attempt index everywhere (0 for the first call of ``step()``).
+
+Source: the list of process faults is nvidia-resiliency-ext's, the keyed injector with a fluent builder torchft's.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, fields
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from dist_stability import parallel
+
+PHASES = ("gradients", "veto vote", "step", "after step", "probe", "vote", "copy", "restore", "done")
+"""The phases of a guarded step, in order; see the controller's phase listeners."""
+
+LOSS_PHASES = ("loss before forward", "loss in forward", "loss after forward")
+"""Places inside the probe's loss function; reached through :meth:`FaultInjector.wrap_loss` only."""
+
+BITS = ("sign", "top-exponent", "low-exponent", "top-mantissa", "low-mantissa")
+"""Names of bits of a floating-point number, whatever its width."""
+
+_PLACES = {"gradient": "gradients", "parameter": "after step", "snapshot": "gradients"}
+_KEYS = {
+    "gradient-scale": ("step", "factor", "length", "rank"),
+    "nan": ("step", "rank", "length"),
+    "inf": ("step", "rank", "length"),
+    "bit-flip": ("step", "rank", "where", "bit", "length"),
+    "raise": ("step", "phase", "rank", "length"),
+    "sleep": ("step", "phase", "rank", "seconds", "length"),
+    "kill": ("step", "phase", "rank"),
+    "stop": ("step", "phase", "rank"),
+    "exit": ("step", "phase", "rank", "code"),
+}
+KINDS = tuple(_KEYS)
+"""Names of all kinds of faults."""
+
+_LAYOUTS = {  # dtype -> (integer dtype of the same width, bits, mantissa bits)
+    torch.float64: (torch.int64, 64, 52),
+    torch.float32: (torch.int32, 32, 23),
+    torch.bfloat16: (torch.int16, 16, 7),
+    torch.float16: (torch.int16, 16, 10),
+}
+
+
+class InjectedFault(RuntimeError):
+    """The exception that a "raise" fault raises."""
+
+
+@dataclass(frozen=True, slots=True)
+class Fault:
+    """One fault; ``str(fault)`` is the text :meth:`FaultInjector.parse` reads.
+
+    Attributes:
+        kind: One of :data:`KINDS`.
+        step: First attempt it acts in.
+        phase: One of :data:`PHASES` or :data:`LOSS_PHASES`. Fixed for faults in numbers, which act on "gradients" or,
+            for a bit flip in a parameter, "after step".
+        rank: Global rank it acts on; None for every rank.
+        length: Number of consecutive attempts it acts in.
+        factor: What gradients are multiplied by ("gradient-scale").
+        where: "gradient", "parameter" or "snapshot" ("bit-flip"): the largest element of this rank's shards is hit.
+        bit: One of :data:`BITS` ("bit-flip").
+        seconds: How long to sleep ("sleep").
+        code: Exit status ("exit").
+    """
+
+    kind: str
+    step: int
+    phase: str = "gradients"
+    rank: int | None = None
+    length: int = 1
+    factor: float = 300.0
+    where: str = "gradient"
+    bit: str = "top-exponent"
+    seconds: float = 1.0
+    code: int = 1
+
+    def __post_init__(self) -> None:
+        """Refuse what could never fire."""
+        _one_of("kind of fault", self.kind, KINDS)
+        _one_of("phase", self.phase, PHASES + LOSS_PHASES)
+        _one_of("place of a bit flip", self.where, tuple(_PLACES))
+        _one_of("bit", self.bit, BITS)
+        if self.step < 0 or self.length < 1:
+            raise ValueError(f"fault {self.kind}: step must be >= 0 and length >= 1, got {self.step} and {self.length}")
+
+    def __str__(self) -> str:
+        """The fault as text, e.g. ``gradient-scale:step=120,factor=300,length=10``."""
+        default = {f.name: f.default for f in fields(self)}
+        shown = [k for k in _KEYS[self.kind] if k in ("step", "phase") or getattr(self, k) != default[k]]
+        return f"{self.kind}:" + ",".join(f"{k}={str(getattr(self, k)).replace(' ', '-')}" for k in shown)
+
+    def due(self, rank: int, step: int, phase: str) -> bool:
+        """Whether it acts on this rank, in this attempt and phase."""
+        return phase == self.phase and self.step <= step < self.step + self.length and self.rank in (None, rank)
+
+
+class FaultInjector:
+    """A list of faults and what has become of them on this rank.
+
+    Args:
+        faults: The faults; more can be added with the methods that return ``self``.
+
+    Attributes:
+        faults: What may fire.
+        fired: For each fault that acted on this rank, the attempts it acted in.
+    """
+
+    def __init__(self, faults: Iterable[Fault] = ()) -> None:
+        """Nothing fires until the injector is attached or called."""
+        self.faults: list[Fault] = list(faults)
+        self.fired: dict[Fault, list[int]] = {}
+        self._controller: Any = None
+        self._now: tuple[int, str] = (-1, "")
+
+    @classmethod
+    def parse(cls, specs: Iterable[str]) -> FaultInjector:
+        """Build from command-line texts ``kind:key=value,...``, e.g. ``bit-flip:step=9,rank=1,where=parameter``.
+
+        Raises:
+            ValueError: Unknown kind, key or value; the message lists the known ones.
+        """
+        return cls(_parse(spec) for spec in specs)
+
+    @classmethod
+    def random(
+        cls, seed: int, world_size: int, steps: int, *, start: int = 0, kinds: Sequence[str] = KINDS
+    ) -> FaultInjector:
+        """One fault whose kind, rank, step, phase and strength are drawn from a seed.
+
+        Args:
+            seed: The same seed gives the same fault on every rank and machine.
+            world_size: Ranks to draw from.
+            steps: Attempts of the run; the fault's step is in [start, steps).
+            start: First attempt to draw.
+            kinds: Kinds to draw from.
+        """
+        draw = random.Random(seed)
+        kind = draw.choice(list(kinds))
+        where = draw.choice(list(_PLACES))
+        phase = draw.choice(PHASES + LOSS_PHASES)
+        numeric = {"bit-flip": _PLACES[where]}.get(kind, "gradients")
+        fault = Fault(
+            kind,
+            draw.randrange(start, steps),
+            phase=phase if "phase" in _KEYS[kind] else numeric,
+            rank=None if kind == "gradient-scale" and draw.random() < 0.5 else draw.randrange(world_size),
+            factor=draw.choice([-1.0, 0.0, 0.5, 2.0, 30.0, 300.0, 1e6, 1e30]) if kind == "gradient-scale" else 300.0,
+            where=where if kind == "bit-flip" else "gradient",
+            bit=draw.choice(BITS) if kind == "bit-flip" else "top-exponent",
+            seconds=0.05 if kind == "sleep" else 1.0,
+        )
+        return cls([fault])
+
+    def add(self, fault: Fault) -> FaultInjector:
+        """Add a fault and return the injector."""
+        self.faults.append(fault)
+        return self
+
+    def scale_gradients(self, step: int, factor: float, *, length: int = 1, rank: int | None = None) -> FaultInjector:
+        """Multiply every gradient by ``factor`` in ``length`` attempts from ``step`` on."""
+        return self.add(Fault("gradient-scale", step, factor=factor, length=length, rank=rank))
+
+    def nonfinite(self, step: int, *, rank: int, value: str = "nan", length: int = 1) -> FaultInjector:
+        """Put one "nan" or "inf" in the first element of one rank's gradients."""
+        return self.add(Fault(value, step, rank=rank, length=length))
+
+    def flip(
+        self, step: int, *, rank: int, where: str = "gradient", bit: str = "top-exponent", length: int = 1
+    ) -> FaultInjector:
+        """Flip a bit of the largest element of one rank's gradients, parameters, or safe snapshot."""
+        _one_of("place of a bit flip", where, tuple(_PLACES))
+        return self.add(Fault("bit-flip", step, _PLACES[where], rank, length, where=where, bit=bit))
+
+    def fail(self, step: int, phase: str, *, rank: int | None = None, length: int = 1) -> FaultInjector:
+        """Raise :class:`InjectedFault` in a phase."""
+        return self.add(Fault("raise", step, phase, rank, length))
+
+    def sleep(self, step: int, phase: str, seconds: float, *, rank: int | None = None) -> FaultInjector:
+        """Do nothing for a while in a phase."""
+        return self.add(Fault("sleep", step, phase, rank, seconds=seconds))
+
+    def kill(self, step: int, phase: str, *, rank: int) -> FaultInjector:
+        """SIGKILL this process in a phase."""
+        return self.add(Fault("kill", step, phase, rank))
+
+    def stop(self, step: int, phase: str, *, rank: int) -> FaultInjector:
+        """SIGSTOP this process in a phase."""
+        return self.add(Fault("stop", step, phase, rank))
+
+    def exit(self, step: int, phase: str, *, rank: int, code: int = 1) -> FaultInjector:
+        """Leave the process with ``os._exit(code)`` in a phase."""
+        return self.add(Fault("exit", step, phase, rank, code=code))
+
+    def attach(self, controller: Any) -> FaultInjector:
+        """Act in the phases of this controller's steps, on the parameters of its optimizers.
+
+        Args:
+            controller: A :class:`~dist_stability.StabilityController`.
+        """
+        self._controller = controller
+        controller.add_phase_listener(self._listen)
+        return self
+
+    def gradients(self, step: int, parameters: Iterable[nn.Parameter]) -> None:
+        """What a plain loop calls between ``backward()`` (and unscaling) and the optimizer step."""
+        self._fire(step, "gradients", list(parameters))
+
+    def weights(self, step: int, parameters: Iterable[nn.Parameter]) -> None:
+        """What a plain loop calls right after the optimizer step."""
+        self._fire(step, "after step", list(parameters))
+
+    def wrap_loss(self, loss_fn: Callable[[Any, Any], Tensor]) -> Callable[[Any, Any], Tensor]:
+        """The loss function for the probe: the same values, with the faults of :data:`LOSS_PHASES`.
+
+        They act only while the attached controller probes; "loss in forward" acts when the first module without
+        children is about to run, inside the model's own forward.
+        """
+
+        def loss(model: Any, batch: Any) -> Tensor:
+            step, phase = self._now
+            if phase != "probe":
+                return loss_fn(model, batch)
+            self._fire(step, "loss before forward", [])
+            inside = any(fault.due(_rank(), step, "loss in forward") for fault in self.faults)
+            leaves = [module for module in model.modules() if inside and not any(module.children())]
+            hooks = [
+                leaf.register_forward_pre_hook(lambda *_: self._fire(step, "loss in forward", [])) for leaf in leaves
+            ]
+            try:
+                value = loss_fn(model, batch)
+            finally:
+                for hook in hooks:
+                    hook.remove()
+            self._fire(step, "loss after forward", [])
+            return value
+
+        return loss
+
+    def _listen(self, step: int, phase: str) -> None:
+        self._now = (step, phase)
+        if any(fault.due(_rank(), step, phase) for fault in self.faults):
+            # Private on purpose: what a fault may reach is nothing that a user should.
+            optimizers = self._controller._optimizers
+            self._fire(step, phase, [p for o in optimizers for group in o.param_groups for p in group["params"]])
+
+    def _fire(self, step: int, phase: str, parameters: list[nn.Parameter]) -> None:
+        for fault in self.faults:
+            if not fault.due(_rank(), step, phase) or step in self.fired.get(fault, ()):
+                continue
+            if fault.where == "snapshot" and self._controller is None:
+                continue  # a plain loop has no snapshot to damage
+            self.fired.setdefault(fault, []).append(step)
+            self._act(fault, parameters)
+
+    def _act(self, fault: Fault, parameters: list[nn.Parameter]) -> None:
+        grads = [parallel.local(p.grad) for p in parameters if p.grad is not None]
+        match fault.kind:
+            case "gradient-scale":
+                torch._foreach_mul_([grad for grad in grads if grad.numel()], fault.factor)
+            case "nan" | "inf":
+                first = next((grad for grad in grads if grad.numel()), None)
+                if first is not None:
+                    first[(0,) * first.dim()] = float(fault.kind)
+            case "bit-flip" if fault.where == "gradient":
+                flip_largest(grads, fault.bit)
+            case "bit-flip" if fault.where == "parameter":
+                flip_largest([parallel.local(p) for p in parameters], fault.bit)
+            case "bit-flip":
+                flip_largest(self._controller._recovery.ring.safe.views, fault.bit)
+            case "raise":
+                raise InjectedFault(f"injected on rank {_rank()}: {fault}")
+            case "sleep":
+                time.sleep(fault.seconds)
+            case "kill":
+                os.kill(os.getpid(), signal.SIGKILL)
+            case "stop":
+                os.kill(os.getpid(), signal.SIGSTOP)
+            case "exit":
+                os._exit(fault.code)
+
+
+def flip_largest(tensors: Iterable[Tensor], bit: str) -> None:
+    """Flip one bit of the finite element of largest magnitude (the first of equals), in place.
+
+    Args:
+        tensors: Local floating-point tensors; empty ones are passed over, and nothing happens if all are.
+        bit: One of :data:`BITS`.
+    """
+    best, found = -1.0, None
+    for tensor in tensors:
+        if tensor.dtype not in _LAYOUTS or not tensor.numel():
+            continue
+        size = torch.where(tensor.isfinite(), tensor.abs(), 0).to(torch.float64)
+        index = int(size.argmax())
+        if size.flatten()[index].item() > best:
+            best, found = size.flatten()[index].item(), (tensor, index)
+    if found is not None:
+        tensor, index = found
+        integer, width, mantissa = _LAYOUTS[tensor.dtype]
+        places = dict(zip(BITS, (width - 1, width - 2, mantissa, mantissa - 1, 0), strict=True))
+        mask = 1 << places[bit] if bit != "sign" else -(1 << (width - 1))
+        at = torch.unravel_index(torch.tensor(index), tensor.shape)
+        tensor.detach().view(integer)[at] ^= mask
+
+
+def _rank() -> int:
+    return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
+
+
+def _one_of(what: str, value: str, known: Sequence[str]) -> None:
+    if value not in known:
+        raise ValueError(f"unknown {what} {value!r}; known: {', '.join(known)}")
+
+
+def _parse(spec: str) -> Fault:
+    kind, _, rest = spec.partition(":")
+    _one_of(f"kind of fault in {spec!r}:", kind, KINDS)
+    given: dict[str, Any] = {}
+    for item in filter(None, rest.split(",")):
+        key, _, text = item.partition("=")
+        _one_of(f"key in {spec!r}:", key.strip(), _KEYS[kind])
+        convert: dict[str, Callable[[str], Any]] = {"factor": float, "seconds": float}
+        convert |= {"where": str, "bit": str, "phase": lambda phase: phase.replace("-", " ")}
+        try:
+            given[key.strip()] = convert.get(key.strip(), int)(text.strip())
+        except ValueError:
+            raise ValueError(f"bad value for {key.strip()} in {spec!r}: {text!r} is not a number") from None
+    needed = [key for key in ("step", "phase") if key in _KEYS[kind] and key not in given]
+    if needed:
+        raise ValueError(f"{spec!r} needs {' and '.join(needed)}; keys of {kind}: {', '.join(_KEYS[kind])}")
+    if kind == "bit-flip":
+        given["phase"] = _PLACES.get(given.get("where", "gradient"), "gradients")
+    return Fault(kind, **given)

@@ -1,0 +1,124 @@
+"""Checks of what a caller gave, before anything is entered that other ranks wait in."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+from .rules import Rule
+from .signals import LossProbe
+
+MODES = ("enforce", "observe")
+PROBE_ON = ("rank0", "mean")
+
+
+def check_optimizers(optimizer: Optimizer | Iterable[Optimizer]) -> tuple[Optimizer, ...]:
+    """One optimizer or several, in stepping order.
+
+    Raises:
+        TypeError: Something else, or an optimizer that calls its closure repeatedly.
+        ValueError: None given, or one given twice.
+    """
+    given = (optimizer,) if isinstance(optimizer, Optimizer) else optimizer
+    if not isinstance(given, Iterable):
+        raise TypeError(f"optimizer: expected a torch.optim.Optimizer or a list of them, got {_kind(optimizer)}")
+    optimizers = tuple(given)
+    for index, each in enumerate(optimizers):
+        if not isinstance(each, Optimizer):
+            raise TypeError(
+                f"optimizer[{index}]: expected a torch.optim.Optimizer, got {_kind(each)}; give the wrapped optimizer "
+                f"of a wrapper (often its `.optimizer`)"
+            )
+        if isinstance(each, torch.optim.LBFGS):
+            raise TypeError(
+                f"optimizer[{index}]: LBFGS evaluates its closure several times in a step, so there is no single "
+                f"proposal to judge; use an optimizer that calls it at most once"
+            )
+    if not optimizers:
+        raise ValueError("optimizer: an empty list; give at least one")
+    if len({id(each) for each in optimizers}) != len(optimizers):
+        raise ValueError("optimizer: the same optimizer is listed twice")
+    return optimizers
+
+
+def check_parts(
+    model: nn.Module, probe: LossProbe, rule: Any, guards: Any, extra_state: Mapping[str, Any] | None
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The objects a controller is made of. Returns (guards, extra_state).
+
+    Raises:
+        TypeError: Naming the setting, what came and what was expected.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: expected a torch.nn.Module, got {_kind(model)}")
+    if not isinstance(probe, LossProbe):
+        raise TypeError(f"probe: expected LossProbe(loss_fn, batches), got {_kind(probe)}")
+    if not isinstance(rule, Rule) or isinstance(rule, type):
+        raise TypeError(
+            f"rule: expected an object with judge, commit, reject, state_dict and load_state_dict, got {_kind(rule)}"
+        )
+    if not isinstance(guards, Sequence):
+        raise TypeError(f"guards: expected a tuple of guards, got {_kind(guards)}; write guards=(NonFiniteGuard(),)")
+    for index, guard in enumerate(guards):
+        missing = [name for name in ("flag", "veto", "explain", "commit", "reject") if not hasattr(guard, name)]
+        if missing or isinstance(guard, type):
+            raise TypeError(
+                f"guards[{index}]: {_kind(guard)} is no guard (it lacks {', '.join(missing) or 'an instance'})"
+            )
+    state = dict(extra_state or {})
+    for name, value in state.items():
+        if not (callable(getattr(value, "state_dict", None)) and callable(getattr(value, "load_state_dict", None))):
+            raise TypeError(f"extra_state[{name!r}]: {_kind(value)} has no state_dict and load_state_dict")
+    return tuple(guards), state
+
+
+def check_settings(
+    every: int, mode: str, probe_on: str, timeout: float, replica_check_every: int, max_refusals_in_row: int
+) -> None:
+    """The plain settings.
+
+    Raises:
+        TypeError: A wrong type.
+        ValueError: Out of range, saying what is allowed.
+    """
+    for name, number, least in (
+        ("every", every, 1),
+        ("replica_check_every", replica_check_every, 0),
+        ("max_refusals_in_row", max_refusals_in_row, 1),
+    ):
+        if not isinstance(number, int) or isinstance(number, bool):
+            raise TypeError(f"{name}: expected a whole number, got {number!r}")
+        if number < least:
+            raise ValueError(f"{name}: expected at least {least}, got {number}")
+    if mode not in MODES:
+        raise ValueError(f"mode: expected one of {MODES}, got {mode!r}")
+    if probe_on not in PROBE_ON:
+        raise ValueError(f"probe_on: expected one of {PROBE_ON}, got {probe_on!r}")
+    if isinstance(timeout, bool) or not isinstance(timeout, (int, float)) or not timeout > 0:
+        raise ValueError(f"timeout: expected seconds above 0, got {timeout!r}")
+
+
+def check_not_fused_into_backward(optimizers: Sequence[Optimizer]) -> None:
+    """Refuse an optimizer that steps inside backward: its proposal is made before anyone can look at the gradients.
+
+    Such loops hang hooks on the parameters that step and then drop each gradient, so that none is left here.
+
+    Raises:
+        TypeError: The parameters have such hooks and no gradients are left.
+    """
+    parameters = [p for o in optimizers for g in o.param_groups for p in g["params"] if p.numel()]
+    hooked = any(getattr(p, "_post_accumulate_grad_hooks", None) for p in parameters)
+    if hooked and parameters and all(p.grad is None for p in parameters):
+        raise TypeError(
+            "step(): no parameter has a gradient, but the parameters carry post-accumulate-grad hooks: the optimizer "
+            "is fused into backward and has changed the weights already, so this step can be neither vetoed nor "
+            "judged. Call optimizer.step() (or controller.step()) after backward instead."
+        )
+
+
+def _kind(value: object) -> str:
+    return f"the class {value.__name__}" if isinstance(value, type) else f"{type(value).__name__}"

@@ -1,0 +1,320 @@
+"""The vote: one packed float64 all-reduce in which the ranks agree on an attempt.
+
+Everything travels as sums, because a sum of finite numbers is the one reduction that treats NaN the same everywhere
+(gloo's MAX keeps or drops a NaN by its position): flags add up, a value is sent as (is it finite, value or 0), and
+whole numbers that must be equal on all ranks are cut into 16-bit pieces x and sent as x and x^2. Over W ranks the
+pieces are equal if and only if W * sum(x^2) == (sum x)^2, and then x = sum(x) / W is known exactly.
+
+Only when something is wrong does a second collective follow, which names the ranks.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from .errors import LockstepError
+from .watch import Watch
+
+_PIECES = 4
+_SHIFTS = (0, 16, 32, 48)
+_MASK = 0xFFFF
+
+
+@dataclass(slots=True)
+class Ballot:
+    """What one rank brings to a vote. Tensors stay on their device; nothing here waits for them.
+
+    Attributes:
+        no: This rank refuses (an error on it).
+        veto: A guard's flag, 0-d bool tensor or bool.
+        replan: This rank's set of state tensors has changed.
+        measurement: Value of the probe (0-d), None if this rank did not measure.
+        weight: Weight of the measurement in the mean; 0 when it does not count.
+        square_sum: Sum of squared local gradients, each divided by its number of replicas (0-d), or None.
+        overflow: For each optimizer, the GradScaler's found_inf (0-d tensors).
+        agree: Whole numbers (Python int or 0-d int64 tensor) that must be equal on all ranks, by name.
+        checksums: Digest (0-d int64 tensor) of the state this rank shares with the ranks of the key.
+    """
+
+    no: bool = False
+    veto: torch.Tensor | bool = False
+    replan: bool = False
+    measurement: torch.Tensor | None = None
+    weight: float = 0.0
+    square_sum: torch.Tensor | None = None
+    overflow: Sequence[torch.Tensor] = ()
+    agree: Mapping[str, int | torch.Tensor] = field(default_factory=dict)
+    checksums: Mapping[tuple[int, ...], torch.Tensor] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Tally:
+    """The outcome of a vote; the same numbers on every rank."""
+
+    no: int
+    veto: int
+    replan: int
+    measurement: float
+    gradient_norm: float | None
+    overflow: tuple[bool, ...]
+    agreed: Mapping[str, int]
+    split_replicas: tuple[tuple[int, ...], ...]
+
+
+class Vote:
+    """Packs ballots, reduces them, and reads the outcome.
+
+    Args:
+        group: Process group of the votes (one that nobody else uses), or None for a single process.
+        ranks: Global ranks of the group.
+        rank: This process's global rank.
+        device: Device on which the group reduces.
+        timeout: Seconds to wait for the other ranks.
+        watch: Names the ranks that did not arrive; None for a single process.
+    """
+
+    def __init__(
+        self,
+        group: dist.ProcessGroup | None,
+        ranks: Sequence[int],
+        rank: int,
+        device: torch.device,
+        timeout: float,
+        watch: Watch | None,
+    ) -> None:
+        """Remember the group; enters no collective."""
+        self.group = group
+        self.ranks = tuple(ranks)
+        self.rank = rank
+        self.device = device
+        self.timeout = timeout
+        self._watch = watch
+        self._dead: LockstepError | None = None
+        self.replica_groups: tuple[tuple[int, ...], ...] = ()
+
+    @property
+    def world(self) -> int:
+        """Number of ranks that vote."""
+        return len(self.ranks)
+
+    def close(self) -> None:
+        """Give the group back, unless it is broken: then only the end of the process frees it."""
+        if self.group is not None and self._dead is None and dist.is_initialized():
+            dist.destroy_process_group(self.group)
+        self.group, self._dead = None, LockstepError("the controller is closed")
+
+    def pack(self, ballot: Ballot) -> torch.Tensor:
+        """The ballot as one float64 vector on the voting device. Enters no collective, waits for nothing."""
+        host = torch.tensor(
+            [float(ballot.no), float(ballot.replan), ballot.weight], dtype=torch.float64, device=self.device
+        )
+        parts = [host, self._flag(ballot.veto)]
+        parts += [*self._finite(ballot.measurement, ballot.weight), *self._finite(ballot.square_sum, 1.0)]
+        parts += [self._flag(found) for found in ballot.overflow]
+        whole = [self._whole(value) for value in ballot.agree.values()]
+        whole += [self._whole(ballot.checksums.get(ranks, 0)) for ranks in self.replica_groups]
+        if whole:
+            shifts = torch.tensor(_SHIFTS, device=self.device)
+            pieces = ((torch.stack(whole).unsqueeze(1) >> shifts) & _MASK).to(torch.float64).flatten()
+            parts += [pieces, pieces * pieces]
+        return torch.cat([part.reshape(-1) for part in parts])
+
+    def _flag(self, flag: torch.Tensor | bool) -> torch.Tensor:
+        if isinstance(flag, torch.Tensor):
+            return (flag.detach() != 0).to(self.device, torch.float64)
+        return torch.tensor(float(flag), dtype=torch.float64, device=self.device)
+
+    def _finite(self, value: torch.Tensor | None, weight: float) -> tuple[torch.Tensor, torch.Tensor]:
+        """(weighted value or 0, 1 if it is not finite): no NaN ever enters a collective."""
+        zero = torch.zeros((), dtype=torch.float64, device=self.device)
+        if value is None or weight == 0.0:
+            return zero, zero
+        value = value.detach().to(self.device, torch.float64)
+        finite = torch.isfinite(value)
+        return torch.where(finite, value * weight, zero), (~finite).to(torch.float64)
+
+    def _whole(self, value: int | torch.Tensor) -> torch.Tensor:
+        if isinstance(value, torch.Tensor):
+            return value.detach().to(self.device)
+        return torch.tensor(_signed(value), dtype=torch.int64, device=self.device)
+
+    @staticmethod
+    def refused(vector: torch.Tensor) -> torch.Tensor:
+        """Whether any rank said no or vetoed, from a reduced vector: a 0-d bool tensor, not waited for."""
+        return vector[0] + vector[3] > 0
+
+    def reduce(self, vector: torch.Tensor, attempt: int) -> torch.Tensor:
+        """Sum the vectors of all ranks, in place.
+
+        Collectives: one all-reduce (none for a single process).
+
+        Raises:
+            LockstepError: A rank did not arrive within the timeout, or the transport failed.
+        """
+        if self.group is None:
+            return vector
+        self._wait(attempt, lambda group: dist.all_reduce(vector, group=group, async_op=True))
+        return vector
+
+    def gather(self, value: Any, attempt: int) -> dict[int, Any]:
+        """Every rank's JSON-able value, by global rank. Only on the way to a refusal or an error.
+
+        Collectives: two all-gathers (none for a single process).
+        """
+        if self.group is None:
+            return {self.rank: value}
+        data = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8).to(self.device)
+        sizes = [torch.zeros(1, dtype=torch.int64, device=self.device) for _ in self.ranks]
+        mine = torch.tensor([data.numel()], dtype=torch.int64, device=self.device)
+        self._wait(attempt, lambda group: dist.all_gather(sizes, mine, group=group, async_op=True))
+        longest = max(int(size) for size in sizes)
+        padded = torch.zeros(longest, dtype=torch.uint8, device=self.device)
+        padded[: data.numel()] = data
+        texts = [torch.empty_like(padded) for _ in self.ranks]
+        self._wait(attempt, lambda group: dist.all_gather(texts, padded, group=group, async_op=True))
+        return {
+            rank: json.loads(bytes(text[: int(size)].tolist()).decode())
+            for rank, text, size in zip(self.ranks, texts, sizes, strict=True)
+        }
+
+    def _wait(self, attempt: int, start: Any) -> None:
+        """Run one collective, looking out for a failing rank's note while it waits."""
+        if self._dead is not None:
+            raise self._dead
+        deadline = time.monotonic() + self.timeout * 0.75  # the rest is for finding out who was missing
+        try:
+            work = start(self.group)
+            while True:
+                left = deadline - time.monotonic()
+                try:
+                    work.wait(timedelta(seconds=max(min(left, 0.5), 0.001)))
+                    return
+                except RuntimeError:
+                    # Work.wait gives up without cancelling the operation, so it can be asked again.
+                    if left <= 0.5 or work.is_completed():
+                        raise
+                    if self._watch is not None and self._watch.failure() is not None:
+                        raise
+        except RuntimeError as error:
+            self._dead = self.lost(attempt, error)
+            raise self._dead from error
+
+    def lost(self, attempt: int, error: BaseException) -> LockstepError:
+        """The error for a collective that did not complete: names the ranks it waited for."""
+        said, ranks = self._watch.explain() if self._watch is not None else ("", ())
+        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        return LockstepError(
+            f"rank {self.rank}, attempt {attempt}: lost the other ranks (timeout {self.timeout:g} s): {said}. "
+            f"The process groups cannot be used again; restart the job. ({first[:200]})",
+            ranks=ranks,
+            step=attempt,
+        )
+
+    def read(self, vector: torch.Tensor, ballot: Ballot, attempt: int) -> Tally:
+        """Read a reduced vector; waits for it on the host.
+
+        Args:
+            vector: What :meth:`reduce` returned.
+            ballot: This rank's ballot, for the layout and for naming what differs.
+            attempt: Attempt index, for messages.
+
+        Collectives: none if the ranks agree; two all-gathers if they do not.
+
+        Raises:
+            LockstepError: On every rank, naming the ranks, if a number in ``agree`` differs between ranks.
+        """
+        values = vector.tolist()
+        no, replan, weight, veto, measured, measured_bad, squares, squares_bad = values[:8]
+        count = len(ballot.overflow)
+        overflow = tuple(found > 0 for found in values[8 : 8 + count])
+        fields = len(ballot.agree) + len(self.replica_groups)
+        sums = [int(x) for x in values[8 + count : 8 + count + _PIECES * fields]]
+        squared = [int(x) for x in values[8 + count + _PIECES * fields :]]
+
+        names = list(ballot.agree)
+        differing = [name for i, name in enumerate(names) if not _equal(sums, squared, i, self.world)]
+        if differing:
+            self._raise_disagreement(differing, ballot, attempt)
+        agreed = {name: _join(sums, i, self.world) for i, name in enumerate(names)}
+        split = tuple(
+            ranks
+            for i, ranks in enumerate(self.replica_groups, start=len(names))
+            if not _equal(sums, squared, i, len(ranks))
+        )
+        norm = None
+        if ballot.square_sum is not None:
+            norm = math.sqrt(squares) if squares_bad == 0 else math.nan
+        return Tally(
+            no=int(no),
+            veto=int(veto),
+            replan=int(replan),
+            measurement=measured / weight if weight > 0 and measured_bad == 0 else math.nan,
+            gradient_norm=norm,
+            overflow=overflow,
+            agreed=agreed,
+            split_replicas=split,
+        )
+
+    def cast(self, ballot: Ballot, attempt: int) -> Tally:
+        """Pack, reduce and read. Collectives: one all-reduce; see :meth:`read` for disagreement."""
+        return self.read(self.reduce(self.pack(ballot), attempt), ballot, attempt)
+
+    def _raise_disagreement(self, names: Sequence[str], ballot: Ballot, attempt: int) -> None:
+        mine = {name: int(ballot.agree[name]) for name in names}
+        everyone = self.gather(mine, attempt)
+        said, blamed = [], set()
+        for name in names:
+            by_value: dict[int, list[int]] = {}
+            for rank, values in everyone.items():
+                by_value.setdefault(values[name], []).append(rank)
+            most = max(len(ranks) for ranks in by_value.values())
+            majority = [value for value, ranks in by_value.items() if len(ranks) == most]
+            # Without a majority nobody knows who is right: every rank is named.
+            off = [r for value, ranks in by_value.items() if len(majority) > 1 or value != majority[0] for r in ranks]
+            blamed.update(off)
+            shown = "; ".join(f"ranks {ranks}: {_show(name, value)}" for value, ranks in by_value.items())
+            said.append(f"{name} ({shown})")
+        self._dead = LockstepError(
+            f"attempt {attempt}: the ranks disagree on {', '.join(said)}. Every rank must call step() for the same "
+            f"attempt, with the same model, settings and global gradient norm.",
+            ranks=sorted(blamed),
+            step=attempt,
+        )
+        raise self._dead
+
+
+def bits(value: torch.Tensor) -> torch.Tensor:
+    """The 64 bits of a 0-d float64 tensor as an int64 tensor, on its device: numbers that must agree to the bit."""
+    return value.detach().to(torch.float64).reshape(()).view(torch.int64)
+
+
+def from_bits(value: int) -> float:
+    """The float whose 64 bits are ``value``."""
+    return torch.tensor(_signed(value), dtype=torch.int64).view(torch.float64).item()
+
+
+def _signed(value: int) -> int:
+    value &= 0xFFFFFFFFFFFFFFFF
+    return value - (1 << 64) if value >> 63 else value
+
+
+def _equal(sums: Sequence[int], squares: Sequence[int], index: int, world: int) -> bool:
+    pieces = range(_PIECES * index, _PIECES * (index + 1))
+    return all(world * squares[i] == sums[i] ** 2 for i in pieces)
+
+
+def _join(sums: Sequence[int], index: int, world: int) -> int:
+    return sum((sums[_PIECES * index + i] // world) << shift for i, shift in enumerate(_SHIFTS))
+
+
+def _show(name: str, value: int) -> str:
+    return f"{from_bits(value):.9g}" if name == "gradient norm" else str(value)

@@ -1,0 +1,177 @@
+"""Notes the ranks leave each other outside of collectives: where each one is, and why one of them stopped.
+
+A collective that waits for a missing rank names nobody. So every rank publishes its position, (attempt, phase), in the
+job's key-value store from a background thread, a few times per timeout. When a wait runs out, :meth:`Watch.explain`
+reads the positions and names the ranks that are behind, that fell silent, or that left a note saying why they failed.
+
+The thread uses a connection of its own and only operations that do not wait, so it cannot hold up a rendezvous.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch.distributed as dist
+
+PHASES = ("training", "gradients", "veto vote", "step", "after step", "probe", "vote", "copy", "restore", "done")
+"""The phases of one attempt, in order. "training" is everything between two calls of ``step()``."""
+
+_FAILED = "failed"
+_T = TypeVar("_T")
+
+
+@dataclass(frozen=True, slots=True)
+class Position:
+    """Where a rank was when it last published."""
+
+    beat: int
+    attempt: int
+    phase: int
+    waiting: bool
+
+    def __str__(self) -> str:
+        """For error messages."""
+        return f"attempt {self.attempt}, {PHASES[self.phase]}"
+
+
+class Watch:
+    """The positions of all ranks of one controller.
+
+    Args:
+        store: The job's key-value store; a connection of its own is opened where the store offers that.
+        prefix: Namespace of this controller, equal on all ranks.
+        rank: This process's global rank.
+        ranks: Global ranks that take part.
+        timeout: Seconds after which a wait is given up; positions are published ten times as often.
+    """
+
+    def __init__(self, store: dist.Store, prefix: str, rank: int, ranks: Sequence[int], timeout: float) -> None:
+        """Start publishing."""
+        connection = store.clone() if hasattr(store, "clone") else store
+        self._store = dist.PrefixStore(prefix, connection)
+        self._rank = rank
+        self._ranks = tuple(ranks)
+        self._interval = min(max(timeout / 10, 0.05), 10.0)
+        self._position = (0, 0, False)
+        self._beat = 0
+        self._stop = threading.Event()
+        self._publish()
+        self._thread = threading.Thread(target=self._run, name="dist_stability.watch", daemon=True)
+        self._thread.start()
+
+    def enter(self, attempt: int, phase: str) -> None:
+        """Note that this rank has reached ``phase`` of ``attempt``; published by the thread, costs nothing here."""
+        self._position = (attempt, PHASES.index(phase), False)
+
+    def fail(self, attempt: int, reason: str) -> None:
+        """Leave a note that this rank stops, and why. The first note of a job is kept; later ones follow from it."""
+        note = json.dumps({"rank": self._rank, "attempt": attempt, "reason": reason})
+        self._bounded(lambda: self._store.compare_set(_FAILED, "", note))
+
+    def failure(self) -> tuple[int, int, str] | None:
+        """The first note left by a failing rank: (global rank, attempt, reason)."""
+        note = self._bounded(self._read_failure)
+        return None if note is None else (note["rank"], note["attempt"], note["reason"])
+
+    def _read_failure(self) -> dict[str, Any] | None:
+        return json.loads(self._store.get(_FAILED)) if self._store.check([_FAILED]) else None
+
+    def explain(self) -> tuple[str, tuple[int, ...]]:
+        """Say who kept this rank waiting: (one line, global ranks). Takes about two publishing intervals."""
+        attempt, phase, _ = self._position
+        self._position = (attempt, phase, True)
+        self._bounded(self._publish)
+        before = self._bounded(self._positions)
+        time.sleep(2 * self._interval)
+        failed = self.failure()
+        if failed is not None:
+            rank, when, reason = failed
+            return f"rank {rank} stopped at attempt {when}: {reason}", (rank,)
+        after = self._bounded(self._positions)
+        if before is None or after is None:
+            return "the job's key-value store does not answer; the process that serves it may be stopped or gone", ()
+        silent = [r for r, p in after.items() if r != self._rank and not p.waiting and p.beat == before[r].beat]
+        behind = [
+            r for r, p in after.items() if r not in silent and not p.waiting and (p.attempt, p.phase) < (attempt, phase)
+        ]
+        blamed = sorted({*silent, *behind})
+        if not blamed:
+            return "no rank is behind or silent, so the transport between them failed", ()
+        said = [
+            f"rank {r} (last seen at {after[r]}{', then silent: stopped or dead' if r in silent else ''})"
+            for r in blamed
+        ]
+        return "waited for " + ", ".join(said), tuple(blamed)
+
+    def close(self) -> None:
+        """Stop publishing. Idempotent."""
+        self._stop.set()
+        self._thread.join(timeout=1.0)
+
+    def _positions(self) -> dict[int, Position]:
+        found = {}
+        for rank in self._ranks:
+            key = f"at/{rank}"
+            if self._store.check([key]):
+                found[rank] = Position(*json.loads(self._store.get(key)))
+        return found
+
+    def _publish(self) -> None:
+        self._beat += 1
+        self._store.set(f"at/{self._rank}", json.dumps((self._beat, *self._position)))
+
+    def _run(self) -> None:
+        while not self._stop.wait(self._interval):
+            try:
+                self._publish()
+            except RuntimeError:  # the store's server has gone: the job is ending
+                return
+
+    def _bounded(self, call: Callable[[], _T]) -> _T | None:
+        """Run a store operation, but do not wait for ever: a stopped server never answers (None then)."""
+        answer: list[_T] = []
+
+        def ask() -> None:
+            with contextlib.suppress(RuntimeError):
+                answer.append(call())
+
+        thread = threading.Thread(target=ask, daemon=True)
+        thread.start()
+        thread.join(timeout=max(2 * self._interval, 1.0))
+        return answer[0] if answer else None
+
+
+@contextlib.contextmanager
+def bounded(groups: Iterable[dist.ProcessGroup], seconds: float) -> Iterator[None]:
+    """Bound every collective started on ``groups`` inside the block to ``seconds``, then put their timeouts back.
+
+    A user's groups wait 10 or 30 minutes by default; a probe's forward must not. There is no public setter;
+    ``_set_default_timeout`` acts on operations started later.
+    """
+    before = []
+    for group in groups:
+        for backend in {group._get_backend(device) for device in group._device_types}:
+            before.append((backend, backend.options._timeout))
+            backend._set_default_timeout(timedelta(seconds=seconds))
+    try:
+        yield
+    finally:
+        for backend, timeout in before:
+            backend._set_default_timeout(timeout)
+
+
+_TRANSPORT = ("gloo", "connection closed", "connection reset", "timed out", "nccl", "broken pipe", "process group")
+
+
+def is_transport_error(error: BaseException) -> bool:
+    """Whether an exception comes from a collective that lost its peers, rather than from the model."""
+    if isinstance(error, dist.DistError):
+        return True
+    return isinstance(error, RuntimeError) and any(word in str(error).lower() for word in _TRANSPORT)
