@@ -11,7 +11,8 @@ from typing import Any
 import torch
 
 from .signals import Gradients
-from .verdict import Action, Judgement
+from .snapshot import Digests, StatePlan
+from .verdict import Action, Judgement, Verdict
 from .vote import Ballot
 from .watch import Watch
 
@@ -34,6 +35,8 @@ class Attempt:
         reason: What a guard that judges the norm said.
         pre_vote: The vote before the step, reduced but perhaps not read yet.
         vetoed: None while only the device knows.
+        plan: Fits the proposal; the ranks re-make it together when state appears or vanishes.
+        digests: Of the proposal under that plan, if the replicas are compared.
         norm: Global gradient norm before clipping, once the host knows it.
         overflow_flags: This rank's found_inf of each optimizer, with a scaler.
         overflow: Agreed: the scaled gradients of every optimizer overflowed.
@@ -51,6 +54,8 @@ class Attempt:
     reason: str | None = None
     pre_vote: tuple[torch.Tensor, Ballot] | None = None
     vetoed: bool | None = None
+    plan: StatePlan | None = None
+    digests: Digests | None = None
     norm: float | None = None
     overflow_flags: list[torch.Tensor] = field(default_factory=list)
     overflow: bool = False
@@ -76,6 +81,36 @@ class Decision:
     rank: int = 0
     judgement: Judgement | None = None
     measurement: float | None = None
+
+
+def event_of(attempt: Attempt, verdict: Verdict, decision: Decision, steps: int) -> dict[str, Any]:
+    """What listeners are told of one verdict: a flat dict of numbers and strings (see docs/guarded-step.md).
+
+    Args:
+        attempt: The attempt.
+        verdict: What was done.
+        decision: What was decided.
+        steps: Accepted optimizer steps so far.
+    """
+    prediction = None
+    if verdict.measurement is not None and verdict.innovation is not None:
+        prediction = verdict.measurement - verdict.innovation
+    return {
+        "step": steps,
+        "attempt": verdict.step,
+        "rank": decision.rank,
+        "signal": verdict.signal,
+        "measurement": verdict.measurement,
+        "innovation": verdict.innovation,
+        "bound": verdict.bound,
+        "prediction": prediction,
+        "gradient_norm": attempt.norm,
+        "action": str(verdict.action),
+        "would": None if verdict.would is None else str(verdict.would),
+        "undone": list(verdict.undone),
+        "reason": verdict.reason,
+        "seconds": attempt.seconds,
+    }
 
 
 class Phases:

@@ -72,7 +72,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
-    demo = commands.add_parser("demo", help="a fault, refused: four short training runs and a report, about three minutes")
+    demo = commands.add_parser(
+        "demo", help="a fault, refused: four short training runs and a report, about three minutes"
+    )
     demo.add_argument("--out", type=Path, default=Path("out/demo"), metavar="DIR", help="default: %(default)s")
     demo.set_defaults(run=_demo)
 

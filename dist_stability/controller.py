@@ -30,13 +30,14 @@ from torch import nn
 from torch.optim import Optimizer
 
 from . import parallel
-from .attempt import Attempt, Decision, PhaseListener, Phases, one_line
+from .attempt import Attempt, Decision, PhaseListener, Phases, event_of, one_line
 from .errors import LockstepError, StabilityError
 from .escalation import RefusalBudget
 from .guards import Guard
 from .hooks import FirstForward, OptimizerHooks
+from .measuring import Measuring
 from .recovery import Recovery
-from .rules import Guarantees, PredictiveInnovation, Rule, supports_deep
+from .rules import Guarantees, PredictiveInnovation, Rule, settings_of, supports_deep
 from .signals import Gradients, LossProbe, Reading
 from .snapshot import StatePlan
 from .startup import agree_on_replicas, agree_on_settings, make_vote, world_of
@@ -44,7 +45,6 @@ from .validation import check_not_fused_into_backward, check_optimizers, check_p
 from .verdict import Action, Verdict
 from .veto import VetoStage
 from .vote import Ballot, Tally, bits, from_bits
-from .watch import bounded, is_transport_error
 
 ANCHOR_EVERY = 8
 """Commits between two anchors. Two are kept, so a deep restore goes 8 to 16 commits back."""
@@ -112,8 +112,6 @@ class StabilityController:
         self._optimizers = optimizers
         self._timeout, self._probe_on, self._replica_check_every = float(timeout), probe_on, replica_check_every
         self._on_event = on_event
-        self._module = parallel.forward_module(model)
-        self._collective_forward = parallel.has_collectives(model)
         self._budget = RefusalBudget(max_refusals_in_row)
         self._guarantees = Guarantees()
         self._phases = Phases(None)
@@ -121,7 +119,7 @@ class StabilityController:
         self._recovery = Recovery(
             model, optimizers, self._extra_state, len(world_of(process_group)), anchors, self._phases
         )
-        self._probe = probe.share(*parallel.data_replica(model)) if probe_on == "mean" else probe
+        self._measuring = Measuring(model, probe, probe_on)
 
         self._attempt = 0
         self._steps = 0
@@ -137,10 +135,9 @@ class StabilityController:
         # From here on other ranks are involved.
         device = parallel.local(optimizers[0].param_groups[0]["params"][0]).device
         self._vote, self._phases.watch = make_vote(process_group, device, self._timeout)
-        self._measuring_rank = self._vote.ranks[0]
         self._veto = VetoStage(guards, optimizers, self._vote, self._phases)
         # In observe mode nothing is ever restored, so nothing needs to be captured.
-        heard = (model, self._module) if mode == "enforce" else ()
+        heard = (model, parallel.forward_module(model)) if mode == "enforce" else ()
         self._first_forward = FirstForward(heard, self._capture_forward)
         try:
             with self._noted():
@@ -280,9 +277,9 @@ class StabilityController:
             "timeout": self._timeout,
             "replica_check_every": self._replica_check_every,
             "max_refusals_in_row": self._budget.limit,
-            "rule": repr(self.rule),
-            "guards": [repr(guard) for guard in self._veto.guards],
-            "probe": self._probe.describe(),
+            "rule": settings_of(self.rule),
+            "guards": [settings_of(guard) for guard in self._veto.guards],
+            "probe": self._measuring.probe.describe(),
             "extra_state": sorted(self._extra_state),
             "model and optimizer": self._recovery.plan.signature,
         }
@@ -293,12 +290,12 @@ class StabilityController:
         checksums: Mapping[tuple[int, ...], torch.Tensor] = {}
         if self._replica_check_every:
             self._vote.replica_groups = agree_on_replicas(self._vote, plan.residences)
-            checksums = self._checksums(plan)
+            checksums = plan.digests(plan.tensors())
         reading = self._measure(-1)
         ballot = Ballot(
             no=reading.error is not None,
             measurement=reading.value,
-            weight=self._weight(),
+            weight=self._measuring.weight(self._vote),
             agree={"point of the protocol": 0},
             checksums=checksums,
         )
@@ -385,18 +382,14 @@ class StabilityController:
             raise RuntimeError("an optimizer step ended that never began: was the controller attached inside a step?")
         self._open = None
         self._veto.stepped()
-        plan = self._recovery.plan
         if attempt.overflow:
             decision = Decision(Action.SCALER_SKIP, "scaler", "the scaled gradients overflowed")
         elif attempt.vetoed and (attempt.pre_vote is not None or not attempt.judged):
             decision = self._veto.explain(attempt)
         else:
             self._phases.enter("after step")
-            if attempt.judged:
-                decision, plan = self._judge(attempt)
-            else:
-                decision = self._leave_unjudged(attempt)
-        return self._carry_out(attempt, decision, plan)
+            decision = self._judge(attempt) if attempt.judged else self._leave_unjudged(attempt)
+        return self._carry_out(attempt, decision)
 
     def _leave_unjudged(self, attempt: Attempt) -> Decision:
         if attempt.error is not None and self.mode == "enforce":
@@ -406,12 +399,13 @@ class StabilityController:
             attempt.vetoed = bool(attempt.flag)
         return self._veto.explain(attempt) if attempt.vetoed else Decision(Action.UNJUDGED)
 
-    def _judge(self, attempt: Attempt) -> tuple[Decision, StatePlan]:
-        """Probe, vote, and let the rule judge. Also the plan that fits the proposal, re-made on all ranks together."""
+    def _judge(self, attempt: Attempt) -> Decision:
+        """Probe, vote, and let the rule judge."""
         with attempt.timed("probe"):
-            plan = self._recovery.proposal_plan()
+            attempt.plan = plan = self._recovery.proposal_plan()
             replan = plan is not self._recovery.plan
-            checksums = self._checksums(plan) if self._checks_replicas(attempt.index) else {}
+            if self._checks_replicas(attempt.index):
+                attempt.digests = plan.digests(plan.tensors())
             reading = self._measure(attempt.index)
         error = attempt.error or attempt.step_error or reading.error
         with attempt.timed("vote"):
@@ -422,10 +416,10 @@ class StabilityController:
                 veto=attempt.flag if first else False,
                 replan=replan,
                 measurement=reading.value,
-                weight=self._weight(),
+                weight=self._measuring.weight(self._vote),
                 square_sum=attempt.gradients.square_sum if first and attempt.gradients.caller_norm is None else None,
                 agree={**attempt.agree, "point of the protocol": 2},
-                checksums=checksums,
+                checksums=attempt.digests or {},
             )
             vector = self._vote.reduce(self._vote.pack(ballot), attempt.index)
             device_veto = attempt.vetoed is None and self._veto.read(attempt) is not None and bool(attempt.flag)
@@ -435,18 +429,13 @@ class StabilityController:
         elif tally.gradient_norm is not None:
             attempt.norm = tally.gradient_norm
         if tally.replan and not replan:
-            plan = StatePlan.build(self.model, self._optimizers, self._vote.world)
+            attempt.plan = StatePlan.build(self.model, self._optimizers, self._vote.world)
+            attempt.digests = None
         if device_veto or (tally.veto and not tally.no):
-            return self._veto.explain(attempt), plan
-        return self._decide(attempt, tally, error, checksums), plan
+            return self._veto.explain(attempt)
+        return self._decide(attempt, tally, error)
 
-    def _decide(
-        self,
-        attempt: Attempt,
-        tally: Tally,
-        error: BaseException | None,
-        checksums: Mapping[tuple[int, ...], torch.Tensor],
-    ) -> Decision:
+    def _decide(self, attempt: Attempt, tally: Tally, error: BaseException | None) -> Decision:
         if tally.no:
             said = self._vote.gather(one_line(error), attempt.index)
             failed = {rank: text for rank, text in said.items() if text is not None}
@@ -457,7 +446,7 @@ class StabilityController:
             reason = "; ".join(f"rank {rank}: {text}" for rank, text in failed.items())
             return Decision(Action.ROLLBACK, "error", reason, min(failed, default=0))
         if tally.split_replicas:
-            ranks = self._name_split(attempt, tally, checksums)
+            ranks = self._vote.name_split(tally, attempt.digests or {}, attempt.index)
             reason = f"replicas of the same state differ in their bits: ranks {ranks}"
             return Decision(Action.ROLLBACK, "replica", reason, ranks[0], None, tally.measurement)
         judgement = self.rule.judge(tally.measurement, attempt.norm)
@@ -466,17 +455,18 @@ class StabilityController:
         else:
             deep = judgement.deep and len(self._recovery.ring.anchors) == 2
             action = Action.DEEP_ROLLBACK if deep else Action.ROLLBACK
-        return Decision(action, "probe", judgement.reason, self._measuring_rank, judgement, tally.measurement)
+        return Decision(action, "probe", judgement.reason, self._vote.ranks[0], judgement, tally.measurement)
 
-    def _carry_out(self, attempt: Attempt, decision: Decision, plan: StatePlan) -> Verdict:
+    def _carry_out(self, attempt: Attempt, decision: Decision) -> Verdict:
         """Do what was decided, remember it, and tell whoever listens."""
-        action, would, undone = decision.action, None, ()
+        action, would = decision.action, None
+        undone: tuple[int, ...] = ()
         if self.mode == "observe":
             would = action
             action = action if action is Action.SCALER_SKIP else Action.COMMIT if attempt.judged else Action.UNJUDGED
-            self._observe(attempt, decision, plan)
+            self._observe(attempt, decision)
         elif action is Action.COMMIT:
-            self._commit(attempt, decision, plan)
+            self._commit(attempt, decision)
         elif action is Action.UNJUDGED:
             self._accept(attempt)
             self._pending.append(attempt.index)
@@ -508,9 +498,9 @@ class StabilityController:
         for guard in self._veto.guards:
             guard.commit(attempt.norm)
 
-    def _commit(self, attempt: Attempt, decision: Decision, plan: StatePlan) -> None:
+    def _commit(self, attempt: Attempt, decision: Decision) -> None:
         measurement = decision.measurement
-        assert decision.judgement is not None and measurement is not None
+        assert attempt.plan is not None and decision.judgement is not None and measurement is not None
         self._guarantees.committed(measurement, decision.judgement)
         self.rule.commit(measurement, attempt.norm)
         self._accept(attempt)
@@ -520,11 +510,11 @@ class StabilityController:
         if self._commits % ANCHOR_EVERY == 0 and supports_deep(self.rule):
             anchor = self.rule.anchor()  # type: ignore[attr-defined]
         with attempt.timed("copy"):
-            self._recovery.commit(plan, attempt.index, anchor)
+            self._recovery.commit(attempt.plan, attempt.index, anchor, attempt.digests)
         oldest = min(slot.attempt for slot in (self._recovery.ring.safe, *self._recovery.ring.anchors))
         self._accepted = [index for index in self._accepted if index > oldest]
 
-    def _observe(self, attempt: Attempt, decision: Decision, plan: StatePlan) -> None:
+    def _observe(self, attempt: Attempt, decision: Decision) -> None:
         if decision.action is Action.SCALER_SKIP:
             return
         if decision.measurement is not None and math.isfinite(decision.measurement):
@@ -532,7 +522,8 @@ class StabilityController:
         self._accept(attempt)
         self._accepted = []
         self._commits += attempt.judged
-        self._recovery.plan = plan
+        if attempt.plan is not None:
+            self._recovery.plan = attempt.plan
 
     def _roll_back(self, attempt: Attempt, decision: Decision) -> tuple[Action, tuple[int, ...]]:
         """Restore, and settle what was taken back: (what was done, earlier attempts undone by it)."""
@@ -565,66 +556,20 @@ class StabilityController:
         self._first_forward.arm()
         self._phases.enter("done")
         if self._on_event is not None:
-            self._on_event(self._event(attempt, verdict, decision))
+            self._on_event(event_of(attempt, verdict, decision, self._steps))
         self._attempt += 1
         self._phases.attempt = self._attempt
         self._phases.enter("training")
         self._budget.record(verdict)
 
-    def _event(self, attempt: Attempt, verdict: Verdict, decision: Decision) -> dict[str, Any]:
-        prediction = None
-        if verdict.measurement is not None and verdict.innovation is not None:
-            prediction = verdict.measurement - verdict.innovation
-        return {
-            "step": self._steps,
-            "attempt": verdict.step,
-            "rank": decision.rank,
-            "signal": verdict.signal,
-            "measurement": verdict.measurement,
-            "innovation": verdict.innovation,
-            "bound": verdict.bound,
-            "prediction": prediction,
-            "gradient_norm": attempt.norm,
-            "action": str(verdict.action),
-            "would": None if verdict.would is None else str(verdict.would),
-            "undone": list(verdict.undone),
-            "reason": verdict.reason,
-            "seconds": attempt.seconds,
-        }
-
     # ------------------------------------------------------------------ measuring and agreeing
 
     def _measure(self, attempt: int) -> Reading:
-        """This rank's share of the probe. A failure that leaves peers inside a collective ends the job, by name."""
-        self._phases.enter("probe")
-        if not (self._collective_forward or self._weight()):
-            return Reading(None)
         self._first_forward.paused = True
         try:
-            with bounded(parallel.forward_groups(self.model), self._timeout * 0.75):
-                reading = self._probe.measure(self._module)
+            return self._measuring.measure(attempt, self._vote, self._phases)
         finally:
             self._first_forward.paused = False
-        if reading.error is not None and self._collective_forward and (reading.inside_forward or reading.owed):
-            raise self._stopped_in_forward(reading.error, attempt) from reading.error
-        return reading
-
-    def _stopped_in_forward(self, error: BaseException, attempt: int) -> LockstepError:
-        watch, rank = self._phases.watch, self._vote.rank
-        if watch is not None and (is_transport_error(error) or watch.failure() is not None):
-            return self._vote.lost(attempt, error)
-        reason = f"the probe's forward, which contains collectives, raised {one_line(error)}"
-        if watch is not None:
-            watch.fail(attempt, reason)
-        return LockstepError(
-            f"rank {rank} stopped at attempt {attempt}: {reason}. The other ranks are inside the same forward and "
-            f"cannot be called back; restart the job from its last checkpoint.",
-            ranks=[rank],
-            step=attempt,
-        )
-
-    def _weight(self) -> float:
-        return 1.0 if self._probe_on == "mean" or self._vote.rank == self._measuring_rank else 0.0
 
     def _agreement(self, gradients: Gradients) -> dict[str, int | torch.Tensor]:
         """Numbers that must be equal on all ranks in every vote of this attempt."""
@@ -640,24 +585,6 @@ class StabilityController:
     def _checks_replicas(self, index: int) -> bool:
         every = self._replica_check_every * self.every
         return every > 0 and bool(self._vote.replica_groups) and (index + 1) % every == 0
-
-    def _checksums(self, plan: StatePlan) -> dict[tuple[int, ...], torch.Tensor]:
-        digests = plan.digests(plan.tensors())
-        return {ranks: digest for ranks, digest in digests.items() if len(ranks) > 1}
-
-    def _name_split(
-        self, attempt: Attempt, tally: Tally, checksums: Mapping[tuple[int, ...], torch.Tensor]
-    ) -> list[int]:
-        """The ranks whose copy is not the majority's; all of them where there is no majority."""
-        mine = [int(checksums[ranks]) if ranks in checksums else None for ranks in tally.split_replicas]
-        everyone = self._vote.gather(mine, attempt.index)
-        blamed: set[int] = set()
-        for i, ranks in enumerate(tally.split_replicas):
-            values = [everyone[rank][i] for rank in ranks]
-            common = max(values, key=values.count)
-            majority = values.count(common) * 2 > len(ranks)
-            blamed.update(r for r, value in zip(ranks, values, strict=True) if not majority or value != common)
-        return sorted(blamed)
 
     # ------------------------------------------------------------------ hooks and notes
 

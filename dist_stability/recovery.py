@@ -22,7 +22,7 @@ from . import parallel
 from .attempt import Attempt, Phases, one_line
 from .errors import LockstepError, SnapshotError
 from .rules import Guarantees
-from .snapshot import EntryState, ForwardState, Slot, SlotRing, StatePlan
+from .snapshot import Digests, EntryState, ForwardState, Slot, SlotRing, StatePlan
 from .vote import Ballot, Vote
 
 
@@ -107,18 +107,21 @@ class Recovery:
         parallel.reshard(self._model)
         return self.plan if self.plan.is_current() else self._build()
 
-    def commit(self, plan: StatePlan, attempt: int, rule_anchor: dict[str, Any] | None) -> None:
+    def commit(
+        self, plan: StatePlan, attempt: int, rule_anchor: dict[str, Any] | None, digests: Digests | None = None
+    ) -> None:
         """Copy the committed state into a free slot, and only then let go of the one before.
 
         Args:
             plan: From :meth:`proposal_plan`.
             attempt: The committed attempt.
             rule_anchor: The rule's statistics, if this commit is an anchor.
+            digests: Of the live state under this plan, if they were computed for the vote already.
         """
         self._phases.enter("copy")
         self.plan = plan
         slot = self.ring.begin()
-        slot.fill(plan, attempt, on_chunk=self._phases.chunk("copy"))
+        slot.fill(plan, attempt, digests, on_chunk=self._phases.chunk("copy"))
         slot.rule_anchor = rule_anchor
         slot.publish()
         self.ring.commit(slot, as_anchor=rule_anchor is not None)

@@ -268,6 +268,21 @@ class Vote:
         """Pack, reduce and read. Collectives: one all-reduce; see :meth:`read` for disagreement."""
         return self.read(self.reduce(self.pack(ballot), attempt), ballot, attempt)
 
+    def name_split(self, tally: Tally, checksums: Mapping[tuple[int, ...], torch.Tensor], attempt: int) -> list[int]:
+        """The ranks whose copy is not the majority's; all of them where there is no majority.
+
+        Collectives: two all-gathers.
+        """
+        mine = [int(checksums[ranks]) if ranks in checksums else None for ranks in tally.split_replicas]
+        everyone = self.gather(mine, attempt)
+        blamed: set[int] = set()
+        for i, ranks in enumerate(tally.split_replicas):
+            values = [everyone[rank][i] for rank in ranks]
+            common = max(values, key=values.count)
+            majority = values.count(common) * 2 > len(ranks)
+            blamed.update(r for r, value in zip(ranks, values, strict=True) if not majority or value != common)
+        return sorted(blamed)
+
     def _raise_disagreement(self, names: Sequence[str], ballot: Ballot, attempt: int) -> None:
         mine = {name: int(ballot.agree[name]) for name in names}
         everyone = self.gather(mine, attempt)

@@ -9,10 +9,11 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from dist_stability.experiments.options import parse_options
 from dist_stability.experiments.progress import Progress
@@ -70,18 +71,22 @@ def run_arm(arm: Arm, folder: Path) -> bool:
     events = folder / "events.jsonl"
     events.unlink(missing_ok=True)
     steps = parse_options(arm.arguments, arm.world_size).steps
-    with (folder / "log.txt").open("w", encoding="utf-8") as log, _started(arm, folder, log.fileno()) as process:
-        with Progress(steps, arm.title) as progress:
-            tail = _Tail(events)
-            while process.poll() is None:
-                time.sleep(POLL_SECONDS)
-                last = tail.last()
-                if last is not None:
-                    progress.advance(last["batch"] + 1, f"probe {last['probe']:.4f}")
+    with (
+        (folder / "log.txt").open("w", encoding="utf-8") as log,
+        _started(arm, folder, log.fileno()) as process,
+        Progress(steps, arm.title) as progress,
+    ):
+        tail = _Tail(events)
+        while process.poll() is None:
+            time.sleep(POLL_SECONDS)
+            last = tail.last()
+            if last is not None:
+                progress.advance(last["batch"] + 1, f"probe {last['probe']:.4f}")
     if process.returncode != 0 or not is_done(arm, folder):
-        end = (folder / "log.txt").read_text(encoding="utf-8", errors="replace").splitlines()[-LOG_LINES:]
-        shown = "\n  ".join(end)
-        raise ArmFailed(f"{arm.name} failed with status {process.returncode}; the end of {folder / 'log.txt'}:\n  {shown}")
+        shown = "\n  ".join(_end_of_log(folder / "log.txt"))
+        raise ArmFailed(
+            f"{arm.name} failed with status {process.returncode}; the end of {folder / 'log.txt'}:\n  {shown}"
+        )
     return True
 
 
@@ -105,6 +110,13 @@ def state_files(arm: Arm, folder: Path) -> list[Path]:
     """The digests of the final state, one file per rank, if the arm writes them."""
     ranks = range(arm.world_size) if "--state-digest" in arm.arguments else ()
     return [folder / f"state-rank{rank}.json" for rank in ranks]
+
+
+def _end_of_log(path: Path) -> list[str]:
+    """The last lines the program itself wrote: the launcher's own traceback, after them, says nothing."""
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+    launcher = [number for number, line in enumerate(lines) if "torch/distributed/elastic" in line]
+    return (lines[: launcher[0]] or lines if launcher else lines)[-LOG_LINES:]
 
 
 @contextmanager
@@ -140,7 +152,7 @@ class _Tail:
     def __init__(self, path: Path) -> None:
         self._path, self._offset, self._rest = path, 0, b""
 
-    def last(self) -> dict[str, float] | None:
+    def last(self) -> dict[str, Any] | None:
         """The last event since the last call, if there is one."""
         if not self._path.is_file():
             return None
@@ -149,5 +161,5 @@ class _Tail:
             new = file.read()
         self._offset += len(new)
         *lines, self._rest = (self._rest + new).split(b"\n")
-        event: dict[str, float] | None = from_json(json.loads(lines[-1])) if lines else None
+        event: dict[str, Any] | None = from_json(json.loads(lines[-1])) if lines else None
         return event

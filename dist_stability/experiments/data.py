@@ -111,7 +111,9 @@ class BatchOrder:
         if not 0 < batch_size <= examples:
             raise ValueError(f"a batch of {batch_size} does not fit a training set of {examples} examples")
         if batch_size % (count * accumulate):
-            raise ValueError(f"a batch of {batch_size} is not divisible by {count} replicas x {accumulate} micro-batches")
+            raise ValueError(
+                f"a batch of {batch_size} is not divisible by {count} replicas x {accumulate} micro-batches"
+            )
         if not 0 <= index < count:
             raise ValueError(f"data replica {index} of {count} does not exist")
         self._examples, self._batch_size, self._seed = examples, batch_size, seed

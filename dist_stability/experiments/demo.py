@@ -146,9 +146,10 @@ def judge(runs: dict[str, RunRecord], unequal: Sequence[str]) -> Outcome:
         sentence = f"The demo failed: {'; '.join(problems)}."
     else:
         sentence = (
-            f"Gradients multiplied by {FAULT_FACTOR} for {FAULT_LENGTH} steps took the unguarded run from a final probe "
-            f"loss of {clean:.3f} to {baseline:.3f}; the guarded run refused exactly those {FAULT_LENGTH} steps on "
-            f"both ranks, ended at {guarded:.3f}, and is bit for bit the run that never saw the {FAULT_LENGTH} batches."
+            f"Gradients multiplied by {FAULT_FACTOR} for {FAULT_LENGTH} steps raised the final probe loss of the "
+            f"unguarded run from {clean:.3f} to {baseline:.3f}; the guarded run refused exactly those {FAULT_LENGTH} "
+            f"steps on both ranks, ended at {guarded:.3f}, and is bit for bit the run that never saw the "
+            f"{FAULT_LENGTH} batches."
         )
     summary = {
         "world_size": WORLD_SIZE,
@@ -221,7 +222,9 @@ def _rows(summary: dict[str, Any]) -> list[tuple[Any, ...]]:
 def _text_table(summary: dict[str, Any]) -> str:
     rows = [_HEAD, *_rows(summary)]
     widths = [max(len(row[column]) for row in rows) for column in range(len(_HEAD))]
-    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows)
+    return "\n".join(
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
+    )
 
 
 def _html_table(summary: dict[str, Any]) -> str:
@@ -245,6 +248,11 @@ def _words(outcome: Outcome, commands: Sequence[str]) -> Words:
             f"Character Transformer, {PARALLEL.upper()} on {WORLD_SIZE} processes; gradients x{FAULT_FACTOR} at steps "
             f"{FAULT_STEP} to {FAULT_STEP + FAULT_LENGTH - 1}"
         ),
-        labels={"clean": "no fault", "baseline": "fault, unguarded", "guarded": "fault, guarded", "twin": "golden twin"},
+        labels={
+            "clean": "no fault",
+            "baseline": "fault, unguarded",
+            "guarded": "fault, guarded",
+            "twin": "golden twin",
+        },
         commands=["dist-stability demo --out out/demo", "", *commands],
     )

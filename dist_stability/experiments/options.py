@@ -176,9 +176,7 @@ def _problems(v: argparse.Namespace, world: int, launched: bool) -> list[str]:
         any(number >= v.steps for number in v.skip_batches),
         f"--skip-batches: batches are numbered 0 to {v.steps - 1} (--steps {v.steps})",
     )
-    refuse(
-        v.device == "cuda" and not torch.cuda.is_available(), "--device cuda: this torch sees no CUDA device"
-    )
+    refuse(v.device == "cuda" and not torch.cuda.is_available(), "--device cuda: this torch sees no CUDA device")
     try:
         for fault in FaultInjector.parse(v.inject).faults:
             refuse(fault.step >= v.steps, f"--inject {fault}: never acts in --steps {v.steps}")
@@ -245,15 +243,15 @@ def _parser() -> argparse.ArgumentParser:
     where.add_argument("--compile", action="store_true", help="torch.compile the model, outside of its wrapper")
 
     guard = parser.add_argument_group("guard")
-    guard.add_argument("--rule", choices=RULES, default="predictive", help="off trains and measures, but refuses nothing")
+    guard.add_argument(
+        "--rule", choices=RULES, default="predictive", help="off trains and measures, but refuses nothing"
+    )
     guard.add_argument("--epsilon", type=real, help="of --rule fixed (default 0.5)")
     guard.add_argument("--alpha", type=positive, help="of --rule fixed (default 0.1)")
     guard.add_argument("--false-reject-rate", type=positive, help="of --rule predictive (default 5e-4)")
     guard.add_argument("--every", type=at_least_one, default=1, help="judge every so many steps")
     guard.add_argument("--observe", action="store_true", help="log what would be refused, refuse nothing")
-    guard.add_argument(
-        "--probe-on", choices=("rank0", "mean"), default="rank0", help="whose probe loss counts"
-    )
+    guard.add_argument("--probe-on", choices=("rank0", "mean"), default="rank0", help="whose probe loss counts")
     guard.add_argument("--probe-size", type=at_least_one, default=64, help="held-out examples in the probe")
     guard.add_argument("--timeout", type=positive, default=60.0, metavar="SECONDS", help="longest wait for a rank")
 

@@ -13,9 +13,9 @@ from dist_stability import parallel
 from dist_stability.errors import LockstepError, StabilityStop
 from dist_stability.experiments.options import Options
 from dist_stability.experiments.tasks import Task
-from dist_stability.report.versions import versions
 from dist_stability.experiments.wrapping import Processes
 from dist_stability.report.events import EventLog, write_json
+from dist_stability.report.versions import versions
 
 REFUSALS = ("veto", "rollback", "deep_rollback")
 

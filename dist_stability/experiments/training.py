@@ -28,7 +28,6 @@ from dist_stability import FixedInnovation, LossProbe, NonFiniteGuard, Predictiv
 from dist_stability.errors import LockstepError, StabilityError
 from dist_stability.experiments.data import Batch, BatchOrder
 from dist_stability.experiments.digests import digests
-from dist_stability.report.extras import MissingExtra
 from dist_stability.experiments.options import Options, parse_options
 from dist_stability.experiments.progress import Progress
 from dist_stability.experiments.record import RunRecorder
@@ -38,7 +37,8 @@ from dist_stability.experiments.unguarded import Unguarded
 from dist_stability.experiments.vision import DataMissing
 from dist_stability.experiments.wrapping import Processes, autocast, processes, wrap
 from dist_stability.parallel import clip_grad_norm_, data_replica, forward_module
-from dist_stability.testing import FaultInjector, capture_state
+from dist_stability.report.extras import MissingExtra
+from dist_stability.testing import LOSS_PHASES, FaultInjector, capture_state
 
 LossFn = Callable[[nn.Module, Batch], Tensor]
 Controller = StabilityController | Unguarded
@@ -116,8 +116,8 @@ def run(options: Options, task: Task, here: Processes) -> int:
         with ExitStack() as stack:
             stack.enter_context(record)
             progress = stack.enter_context(Progress(options.steps, title, shown=here.rank == 0))
-            controller = stack.enter_context(_controller(job, task, record))
-            job.injector.attach(controller)
+            controller = _controller(job, task, record)
+            stack.enter_context(controller)
             train(job, controller, record, progress)
             evaluation = _probe(job, task.evaluation_batches()).measure(forward_module(model))
             if evaluation.error is not None:
@@ -168,8 +168,11 @@ def _controller(job: Job, task: Task, record: RunRecorder) -> Controller:
             every=options.every,
             probe_on=options.probe_on,
             on_event=record.event,
+            after_step=lambda attempt: job.injector.weights(attempt, job.parameters),
         )
-    return StabilityController(
+    if any(fault.phase in LOSS_PHASES for fault in job.injector.faults):
+        probe = LossProbe(job.injector.wrap_loss(probe.loss_fn), probe.batches)
+    controller = StabilityController(
         job.model,
         job.optimizer,
         probe,
@@ -186,6 +189,8 @@ def _controller(job: Job, task: Task, record: RunRecorder) -> Controller:
         timeout=options.timeout,
         on_event=record.event,
     )
+    job.injector.attach(controller)
+    return controller
 
 
 def _probe(job: Job, batches: list[Batch]) -> LossProbe:
@@ -214,7 +219,10 @@ def _to(batch: Batch, device: torch.device) -> Batch:
 
 def _optimizer(options: Options, model: nn.Module) -> Optimizer:
     """Made after the model was wrapped, so that it owns the parameters that are trained."""
-    kernel: dict[str, Any] = {"foreach": options.implementation == "foreach", "fused": options.implementation == "fused"}
+    kernel: dict[str, Any] = {
+        "foreach": options.implementation == "foreach",
+        "fused": options.implementation == "fused",
+    }
     common: dict[str, Any] = {"lr": options.lr, "weight_decay": options.weight_decay, **kernel}
     if options.optimizer == "sgd":
         return torch.optim.SGD(model.parameters(), momentum=0.9, **common)

@@ -27,6 +27,7 @@ class Unguarded:
         every: Measure attempts t with (t + 1) % every == 0.
         probe_on: "rank0" or "mean", as for the controller.
         on_event: Called with one dict for each attempt.
+        after_step: Called with the attempt index between the optimizer step and the measurement: a place for faults.
 
     Collectives: those of the probe's forward and, with ``probe_on="mean"``, one all-reduce per measured attempt.
     """
@@ -40,37 +41,30 @@ class Unguarded:
         every: int = 1,
         probe_on: str = "rank0",
         on_event: Callable[[dict[str, Any]], None] | None = None,
+        after_step: Callable[[int], None] | None = None,
     ) -> None:
         """Measure nothing yet."""
-        self.model, self.optimizers = model, (optimizer,)
+        self._optimizer, self._after_step = optimizer, after_step
         self._module = parallel.forward_module(model)
         self._mean, self._every, self._on_event = probe_on == "mean", every, on_event
         self._probe = probe.share(*parallel.data_replica(model)) if self._mean else probe
         rank = dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
         self._measures = self._mean or rank == 0 or parallel.has_collectives(model)
         self._attempt = 0
-        self._listeners: list[Callable[[int, str], None]] = []
-
-    def add_phase_listener(self, listener: Callable[[int, str], None]) -> None:
-        """Call ``listener(attempt, phase)`` in the phases an unguarded step has."""
-        self._listeners.append(listener)
 
     def step(self, grad_norm: float | Tensor | None = None) -> Verdict:
         """Step the optimizer and measure the outcome; always accepted."""
         attempt, seconds = self._attempt, {}
-        self._enter("gradients")
         begin = time.perf_counter()
-        for optimizer in self.optimizers:
-            optimizer.step()
+        self._optimizer.step()
         seconds["step"] = time.perf_counter() - begin
-        self._enter("after step")
+        if self._after_step is not None:
+            self._after_step(attempt)
         value, judged = None, (attempt + 1) % self._every == 0
         if judged:
-            self._enter("probe")
             begin = time.perf_counter()
             value = self._measure()
             seconds["probe"] = time.perf_counter() - begin
-        self._enter("done")
         self._attempt += 1
         action = Action.COMMIT if judged else Action.UNJUDGED
         if self._on_event is not None:
@@ -103,10 +97,6 @@ class Unguarded:
 
     def __exit__(self, *error: object) -> None:
         """Close."""
-
-    def _enter(self, phase: str) -> None:
-        for listener in self._listeners:
-            listener(self._attempt, phase)
 
     def _measure(self) -> float | None:
         """Rank 0's probe loss, or the mean over data replicas; None on a rank that does not measure."""

@@ -29,14 +29,16 @@ class DataMissing(RuntimeError):
 
 
 def resnet18(classes: int = 10) -> nn.Module:
-    """torchvision's ResNet-18 without pretrained weights."""
+    """ResNet-18 of torchvision, without pretrained weights."""
     model: nn.Module = import_torchvision("ResNet-18").models.resnet18(weights=None, num_classes=classes)
     return model
 
 
 def resnet_blocks(model: nn.Module) -> list[nn.Module]:
     """The residual blocks: what FSDP shards one by one."""
-    return [block for stage in ("layer1", "layer2", "layer3", "layer4") for block in model.get_submodule(stage).children()]
+    return [
+        block for stage in ("layer1", "layer2", "layer3", "layer4") for block in model.get_submodule(stage).children()
+    ]
 
 
 def load_digits() -> tuple[Images, Images]:
@@ -69,7 +71,9 @@ def load_cifar10(root: Path | None) -> tuple[Images, Images]:
     if root is None:
         raise DataMissing(f"the task 'cifar10' needs --data DIR, a folder that holds {CIFAR10_FOLDER!r}. {remedy}")
     if not (root / CIFAR10_FOLDER).is_dir():
-        raise DataMissing(f"no CIFAR-10 in {root.absolute()}: looked for {(root / CIFAR10_FOLDER).absolute()}. {remedy}")
+        raise DataMissing(
+            f"no CIFAR-10 in {root.absolute()}: looked for {(root / CIFAR10_FOLDER).absolute()}. {remedy}"
+        )
     dataset = import_torchvision("the task 'cifar10'").datasets.CIFAR10
 
     def images(train: bool) -> Images:

@@ -94,7 +94,7 @@ def wrap(
             )
         for block in blocks:
             fully_shard(block, mesh=mesh, **policy)
-        return fully_shard(model, mesh=mesh, **policy)
+        fully_shard(model, mesh=mesh, **policy)
     return model
 
 

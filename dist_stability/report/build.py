@@ -91,7 +91,11 @@ def write_report(runs: Sequence[RunRecord], out: Path, words: Words, rows: str |
     (out / "probe_loss.png").write_bytes(loss)
     parts = [
         html.lead(words.sentence, failed=words.failed),
-        html.figure(loss, "Probe loss of the state after each batch. Shaded: batches with the injected fault. Crosses: the loss that refused proposals would have had."),
+        html.figure(
+            loss,
+            "Probe loss of the state after each batch. Shaded: batches with the injected fault. Crosses: the loss that "
+            "refused proposals would have had.",
+        ),
         rows if rows is not None else _table(runs),
     ]
     for run in runs:
@@ -179,9 +183,7 @@ def _table(runs: Sequence[RunRecord]) -> str:
 def _guard_figures(run: RunRecord, words: Words) -> list[str]:
     parts = [
         html.figure(
-            plots.to_png(
-                plots.innovation(run, title=f"What the rule saw: {run.name}", subtitle=words.figure_title)
-            ),
+            plots.to_png(plots.innovation(run, title=f"What the rule saw: {run.name}", subtitle=words.figure_title)),
             "Innovation: the probe of a proposal minus the value predicted from committed history. Evidence from the "
             "gradient norm lowers the bar of a step, so a cross may lie below the line.",
         )
@@ -189,9 +191,7 @@ def _guard_figures(run: RunRecord, words: Words) -> list[str]:
     if run.series("gradient_norm")[1]:
         parts.append(
             html.figure(
-                plots.to_png(
-                    plots.gradient_norm(run, title=f"Gradient norm: {run.name}", subtitle=words.figure_title)
-                ),
+                plots.to_png(plots.gradient_norm(run, title=f"Gradient norm: {run.name}", subtitle=words.figure_title)),
                 "Global gradient norm before clipping.",
             )
         )
@@ -219,7 +219,11 @@ def _refusals(run: RunRecord) -> str:
     ]
     more = len(run.refusals) - len(rows)
     note = html.paragraph(f"... and {more} more, in events.jsonl.") if more else ""
-    return html.paragraph(f"{run.name}: {len(run.refusals)} in {len(run.events)} attempts.") + html.table(head, rows) + note
+    return (
+        html.paragraph(f"{run.name}: {len(run.refusals)} in {len(run.events)} attempts.")
+        + html.table(head, rows)
+        + note
+    )
 
 
 def _ledger(runs: Sequence[RunRecord]) -> str:

@@ -66,7 +66,9 @@ def devices() -> dict[str, Any]:
     """Processors this process may use, and accelerators."""
     usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-    names = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())] if torch.cuda.is_available() else []
+    names = (
+        [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())] if torch.cuda.is_available() else []
+    )
     return {
         "cpus": usable,
         "accelerator": accelerator.type if accelerator is not None else None,
@@ -140,12 +142,14 @@ def hazards(found: Mapping[str, Any]) -> list[str]:
         )
     missing = [name for name, there in found["extras"].items() if not there]
     if missing:
-        said.append(f"Not installed: {', '.join(missing)}. The demo, the tasks and the figures need them: {INSTALL_HINT}")
+        said.append(
+            f"Not installed: {', '.join(missing)}. The demo, the tasks and the figures need them: {INSTALL_HINT}"
+        )
     limit, physical = memory_found["cgroup_limit"], memory_found["physical"]
     if limit is not None and (physical is None or limit < physical):
         said.append(
-            f"The control group allows {_bytes(limit)}, the machine has {_bytes(physical)}: host copies of the training "
-            f"state (one, with deep restores three) count against the former, and passing it kills the job."
+            f"The control group allows {_bytes(limit)}, the machine has {_bytes(physical)}: host copies of the state "
+            f"(one, with deep restores three) count against the former, and a job that passes it is killed."
         )
     if devices_found["accelerators"] and memory_found["memlock_limit"] is not None:
         said.append(
@@ -183,10 +187,14 @@ def show(found: Mapping[str, Any]) -> str:
         "  " + ", ".join(f"{name} {'yes' if there else 'no'}" for name, there in found["backends"].items()),
         "Devices",
         f"  {gpu['cpus']} processors, "
-        + (f"{gpu['accelerators']} x {gpu['accelerator']} {', '.join(gpu['names'])}" if gpu["accelerator"] else "no accelerator"),
+        + (
+            f"{gpu['accelerators']} x {gpu['accelerator']} {', '.join(gpu['names'])}"
+            if gpu["accelerator"]
+            else "no accelerator"
+        ),
         f"  threads: OMP_NUM_THREADS={threads['omp_num_threads']}, torch uses {threads['torch']}",
         "Groups",
-        f"  two processes over gloo: {'ok' if groups['gloo_two_processes'] else groups['error']} ({groups['seconds']:.1f} s)",
+        f"  two processes over gloo: {groups['error'] or 'ok'} ({groups['seconds']:.1f} s)",
         "Memory",
         f"  physical          {_bytes(limits['physical'])}",
         f"  cgroup limit      {_bytes(limits['cgroup_limit'], 'none')}",

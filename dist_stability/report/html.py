@@ -14,7 +14,8 @@ body { margin: 0; color: var(--ink); background: #fff; font: 15px/1.55 system-ui
 main { max-width: 1020px; margin: 0 auto; padding: 40px 24px 80px; }
 h1 { font-size: 26px; line-height: 1.25; margin: 0 0 6px; }
 h2 { font-size: 18px; margin: 44px 0 12px; }
-p.lead { font-size: 17px; margin: 14px 0 0; padding: 14px 18px; background: var(--panel); border-left: 4px solid var(--good); }
+p.lead { font-size: 17px; margin: 14px 0 0; padding: 14px 18px; background: var(--panel); }
+p.lead { border-left: 4px solid var(--good); }
 p.lead.failed { border-left-color: var(--bad); }
 p.faint, figcaption { color: var(--faint); }
 figure { margin: 26px 0; }
@@ -72,16 +73,12 @@ def table(head: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
     right = [any(_is_number(row[column]) for row in kept) for column in range(len(head))]
 
     def line(tag: str, cells: Sequence[Any]) -> str:
-        shown = (
-            f"<{tag}{' class="number"' if right[column] else ''}>{escape(text(cell))}</{tag}>"
-            for column, cell in enumerate(cells)
-        )
+        opening = (f'{tag} class="number"' if to_the_right else tag for to_the_right in right)
+        shown = (f"<{start}>{escape(text(cell))}</{tag}>" for start, cell in zip(opening, cells, strict=True))
         return f"<tr>{''.join(shown)}</tr>"
 
     body = "\n".join(line("td", row) for row in kept)
-    return (
-        f'<div class="scroll"><table><thead>{line("th", head)}</thead>\n<tbody>\n{body}\n</tbody></table></div>'
-    )
+    return f'<div class="scroll"><table><thead>{line("th", head)}</thead>\n<tbody>\n{body}\n</tbody></table></div>'
 
 
 def commands(lines: Iterable[str]) -> str:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import math
-import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,9 @@ REFUSED = "#e07b00"
 WINDOW = "#f6d9a8"
 
 
-def probe_loss(runs: Sequence[RunRecord], *, title: str, subtitle: str = "", labels: Mapping[str, str] | None = None) -> Any:
+def probe_loss(
+    runs: Sequence[RunRecord], *, title: str, subtitle: str = "", labels: Mapping[str, str] | None = None
+) -> Any:
     """Probe loss of the state over batches, one line per run; fault windows shaded, refused proposals marked.
 
     Args:
@@ -63,7 +64,9 @@ def innovation(run: RunRecord, *, title: str, subtitle: str = "") -> Any:
     axes.set_ylabel("probe minus prediction (nats)")
     bound = run.series("bound")
     refused = [event for event in run.refusals if _finite(event["innovation"])]
-    accepted = [e for e in run.events if e["action"] not in ("veto", "rollback", "deep_rollback") and _finite(e["innovation"])]
+    accepted = [
+        e for e in run.events if e["action"] not in ("veto", "rollback", "deep_rollback") and _finite(e["innovation"])
+    ]
     axes.axhline(0, color=GRID, linewidth=1, zorder=1)
     axes.plot(*bound, color=REFUSED, linewidth=1.6, drawstyle="steps-mid", label="bound of the probe alone", zorder=2)
     axes.scatter(
@@ -76,7 +79,9 @@ def innovation(run: RunRecord, *, title: str, subtitle: str = "") -> Any:
         zorder=3,
     )
     # The axis fits the steady part; what lies outside is drawn at the edge, with its value.
-    typical = [abs(e["innovation"]) for e in accepted[len(accepted) // 10 :]] + [b for b in bound[1][len(bound[1]) // 10 :]]
+    typical = [abs(e["innovation"]) for e in accepted[len(accepted) // 10 :]] + [
+        b for b in bound[1][len(bound[1]) // 10 :]
+    ]
     top = 1.6 * max(typical, default=1.0) or 1.0
     for event in refused:
         value = event["innovation"]

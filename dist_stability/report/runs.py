@@ -89,9 +89,7 @@ def load_run(folder: Path, name: str | None = None) -> RunRecord:
     if not log.is_file():
         raise NoRun(f"no events.jsonl in {folder.absolute()}: give the folder that a training run was told with --out")
     summary = folder / "summary.json"
-    return RunRecord(
-        name or folder.absolute().name, read_events(log), read_json(summary) if summary.is_file() else {}
-    )
+    return RunRecord(name or folder.absolute().name, read_events(log), read_json(summary) if summary.is_file() else {})
 
 
 def load_runs(folder: Path) -> list[RunRecord]:

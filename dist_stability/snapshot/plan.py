@@ -70,12 +70,14 @@ class Held(NamedTuple):
     Attributes:
         key: The parameter, or a key that is none.
         parameter: The place of the parameter itself; None if the key is none.
-        state: A copy of its state, with places for tensors (see :class:`~.tree.Walk`); {} if there is none.
+        state: A copy of its state, with places for tensors (see :class:`~.tree.Walk`).
+        empty: There is no state: an empty dict is what looking into ``optimizer.state`` leaves behind.
     """
 
     key: Any
     parameter: Ref | None
     state: Any
+    empty: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -218,6 +220,7 @@ class StatePlan:
             self.name((number, _mark(held.key), *path)): value
             for number, of_optimizer in enumerate(_walk(self.optimizers)[1])
             for held in of_optimizer
+            if not held.empty
             for path, value in _values(held.state, ())
         }
 
@@ -283,10 +286,11 @@ def _walk(optimizers: Sequence[Optimizer]) -> tuple[Walk, tuple[tuple[Held, ...]
                 place = walk.take(handle, (number, id(handle)))
                 # Not optimizer.state[handle]: it is a defaultdict, and looking would make an entry.
                 state = optimizer.state.get(handle)
-                of_optimizer.append(Held(handle, place, walk.take(state, (number, id(handle))) if state else {}))
+                tree = walk.take(state, (number, id(handle))) if state else None
+                of_optimizer.append(Held(handle, place, tree, not state))
         for key, state in optimizer.state.items():
-            if id(key) not in members and state != {}:
-                of_optimizer.append(Held(key, None, walk.take(state, (number, _mark(key)))))
+            if id(key) not in members and not (isinstance(state, dict) and not state):
+                of_optimizer.append(Held(key, None, walk.take(state, (number, _mark(key))), False))
         everything.append(tuple(of_optimizer))
     return walk, tuple(everything)
 

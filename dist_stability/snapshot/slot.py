@@ -179,7 +179,8 @@ class Slot:
                     f"rank {parallel.this_rank()}: {self.plan.name(held.parameter.path)} has another shape or dtype "
                     f"than at the snapshot of attempt {self.attempt}, or its FSDP module is not in its sharded state"
                 )
-            overlay.check(optimizer.state.get(held.key), held.state)
+            if not held.empty:
+                overlay.check(optimizer.state.get(held.key), held.state)
 
     def _reserve(self, plan: StatePlan, tensors: Sequence[torch.Tensor]) -> None:
         """Lay out the views for a plan; take new memory only if there is too little."""
@@ -221,7 +222,7 @@ def _lay(optimizer: Optimizer, of_optimizer: Sequence[Held], overlay: Overlay) -
     for held in of_optimizer:
         if held.parameter is not None:
             overlay.lay(held.key, held.parameter)
-        if held.state == {}:
+        if held.empty:
             optimizer.state.pop(held.key, None)
             continue
         live = optimizer.state.get(held.key)

@@ -287,7 +287,7 @@ class FaultInjector:
             case "bit-flip" if fault.where == "parameter":
                 flip_largest([parallel.local(p) for p in parameters], fault.bit)
             case "bit-flip":
-                flip_largest(self._controller._recovery.ring.safe.views, fault.bit)
+                flip_largest(self._controller._recovery.ring.safe._views, fault.bit)
             case "raise":
                 raise InjectedFault(f"injected on rank {_rank()}: {fault}")
             case "sleep":

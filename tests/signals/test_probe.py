@@ -293,7 +293,7 @@ def test_measuring_does_not_wait_for_the_device(loss_fn: Any, model: Everything,
 def test_numbers_that_are_accepted(result: Any, expected: float) -> None:
     value = LossProbe(lambda model, batch: result, [0]).measure(nn.Linear(1, 1)).value
     assert value is not None and value.dtype == torch.float64 and value.shape == ()
-    assert float(value) == expected or math.isnan(expected) and math.isnan(float(value))
+    assert float(value) == pytest.approx(expected, rel=0, nan_ok=True)
 
 
 @pytest.mark.parametrize(
@@ -339,14 +339,16 @@ def test_bad_arguments(arguments: tuple[Any, Any], error: type[Exception], says:
     assert says in str(caught.value)
 
 
-@pytest.mark.parametrize(("seed", "error"), [(-1, ValueError), (2**32, ValueError), (1.0, TypeError), (True, TypeError)])
+@pytest.mark.parametrize(
+    ("seed", "error"), [(-1, ValueError), (2**32, ValueError), (1.0, TypeError), (True, TypeError)]
+)
 def test_bad_seeds(seed: Any, error: type[Exception]) -> None:
     with pytest.raises(error, match="seed"):
         LossProbe(mse, [1], seed=seed)
 
 
 def test_measuring_something_that_is_no_module() -> None:
-    with pytest.raises(TypeError, match="must be a torch.nn.Module"):
+    with pytest.raises(TypeError, match=r"must be a torch\.nn\.Module"):
         LossProbe(mse, [1]).measure(mse)  # type: ignore[arg-type]
 
 
@@ -544,9 +546,7 @@ def test_before_the_first_complete_measurement_forwards_stay_owed(
         assert inputs == [] and reading.owed and not reading.inside_forward
 
 
-def test_a_raise_inside_a_forward_comes_back_at_once(
-    sharded: Everything, numbered: list[tuple[int, Tensor]]
-) -> None:
+def test_a_raise_inside_a_forward_comes_back_at_once(sharded: Everything, numbered: list[tuple[int, Tensor]]) -> None:
     def fail(model: Any, at: int, place: str) -> None:
         model.raise_inside = (at, place) == (1, "between")
 

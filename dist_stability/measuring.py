@@ -1,0 +1,71 @@
+"""Who runs the probe, whose value counts, and what to do when it fails on one rank."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from . import parallel
+from .attempt import Phases, one_line
+from .errors import LockstepError
+from .signals import LossProbe, Reading
+from .vote import Vote
+from .watch import bounded, is_transport_error
+
+
+class Measuring:
+    """This rank's part in measuring a proposal.
+
+    A forward that contains collectives (FSDP, TP) is run by every rank. Otherwise ``probe_on="rank0"`` runs it on the
+    first rank alone, on the module inside DDP: DDP's own forward would broadcast buffers to ranks that are not there.
+
+    Args:
+        model: As the loop calls it.
+        probe: The user's.
+        probe_on: "rank0" or "mean".
+
+    Raises:
+        ValueError: The probe cannot be shared equally over the data replicas (``probe_on="mean"``).
+    """
+
+    def __init__(self, model: nn.Module, probe: LossProbe, probe_on: str) -> None:
+        """Take this rank's share of the probe; no collective."""
+        self._model = model
+        self._module = parallel.forward_module(model)
+        self._collective = parallel.has_collectives(model)
+        self._mean = probe_on == "mean"
+        self.probe = probe.share(*parallel.data_replica(model)) if self._mean else probe
+
+    def weight(self, vote: Vote) -> float:
+        """Weight of this rank's value in the measurement."""
+        return 1.0 if self._mean or vote.rank == vote.ranks[0] else 0.0
+
+    def measure(self, attempt: int, vote: Vote, phases: Phases) -> Reading:
+        """Run this rank's share. An error outside the forward is part of the reading, and will be a vote.
+
+        Collectives: those of the model's forward.
+
+        Raises:
+            LockstepError: The forward failed while other ranks are in it, or they left this one alone in it.
+        """
+        phases.enter("probe")
+        if not (self._collective or self.weight(vote)):
+            return Reading(None)
+        with bounded(parallel.forward_groups(self._model), vote.timeout * 0.75):
+            reading = self.probe.measure(self._module)
+        if reading.error is not None and self._collective and (reading.inside_forward or reading.owed):
+            raise self._stopped(reading.error, attempt, vote, phases) from reading.error
+        return reading
+
+    def _stopped(self, error: BaseException, attempt: int, vote: Vote, phases: Phases) -> LockstepError:
+        watch = phases.watch
+        if watch is not None and (is_transport_error(error) or watch.failure() is not None):
+            return vote.lost(attempt, error)
+        reason = f"the probe's forward, which contains collectives, raised {one_line(error)}"
+        if watch is not None:
+            watch.fail(attempt, reason)
+        return LockstepError(
+            f"rank {vote.rank} stopped at attempt {attempt}: {reason}. The other ranks are inside the same forward and "
+            f"cannot be called back; restart the job from its last checkpoint.",
+            ranks=[vote.rank],
+            step=attempt,
+        )
