@@ -519,6 +519,7 @@ class StabilityController:
             return
         if decision.measurement is not None and math.isfinite(decision.measurement):
             self.rule.commit(decision.measurement, attempt.norm)
+            self._guarantees.committed(decision.measurement)
         self._accept(attempt)
         self._accepted = []
         self._commits += attempt.judged

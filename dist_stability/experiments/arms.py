@@ -18,7 +18,7 @@ from typing import Any
 from dist_stability.experiments.options import parse_options
 from dist_stability.experiments.progress import Progress
 from dist_stability.report.events import from_json, read_json, to_json
-from dist_stability.report.versions import versions
+from dist_stability.report.versions import source_digest, versions
 
 PROGRAM = "dist_stability.experiments.training"
 POLL_SECONDS = 0.25
@@ -91,7 +91,7 @@ def run_arm(arm: Arm, folder: Path) -> bool:
 
 
 def is_done(arm: Arm, folder: Path) -> bool:
-    """Whether the folder holds a finished run of this arm: the same settings, the same versions of everything."""
+    """Whether the folder holds a finished run of this arm: the same settings, the same code, the same versions."""
     try:
         summary = read_json(folder / "summary.json")
     except (OSError, ValueError):
@@ -102,6 +102,7 @@ def is_done(arm: Arm, folder: Path) -> bool:
         and summary.get("settings") == wanted
         and summary.get("world_size") == arm.world_size
         and summary.get("versions") == versions()
+        and summary.get("source") == source_digest()
         and all(path.is_file() for path in state_files(arm, folder))
     )
 

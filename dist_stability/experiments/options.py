@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
@@ -106,11 +107,8 @@ def batch_ranges(text: str) -> tuple[int, ...]:
     """
     numbers: set[int] = set()
     for part in filter(None, text.split(",")):
-        first, _, last = part.partition("-")
-        try:
-            low, high = int(first), int(last or first)
-        except ValueError:
-            low, high = 1, 0
+        match = re.fullmatch(r"(\d+)(?:-(\d+))?", part.strip())
+        low, high = (int(match[1]), int(match[2] or match[1])) if match else (1, 0)
         if low > high:
             raise argparse.ArgumentTypeError(f"{part!r} is neither a number nor a range a-b with a <= b")
         numbers.update(range(low, high + 1))

@@ -15,7 +15,7 @@ from dist_stability.experiments.options import Options
 from dist_stability.experiments.tasks import Task
 from dist_stability.experiments.wrapping import Processes
 from dist_stability.report.events import EventLog, write_json
-from dist_stability.report.versions import versions
+from dist_stability.report.versions import source_digest, versions
 
 REFUSALS = ("veto", "rollback", "deep_rollback")
 
@@ -54,6 +54,7 @@ class RunRecorder:
             "settings": options.settings(),
             "command": [*_program(), *sys.argv[1:]],
             "versions": versions(),
+            "source": source_digest(),
         }
         self._log: EventLog | None = None
         if self._writes:

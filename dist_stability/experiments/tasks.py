@@ -58,7 +58,8 @@ class Task:
 def cross_entropy(model: nn.Module, batch: Batch) -> Tensor:
     """Mean cross-entropy in nats: over positions for text, over images for classification."""
     inputs, targets = batch
-    return functional.cross_entropy(model(inputs), targets.flatten())
+    # In float32 whatever the model computes in: a loss rounded to bfloat16 moves in steps that look like noise.
+    return functional.cross_entropy(model(inputs).float(), targets.flatten())
 
 
 def make_task(name: str, *, data: Path | None = None, dropout: float = 0.0) -> Task:

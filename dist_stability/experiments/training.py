@@ -13,6 +13,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import random
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
@@ -92,13 +93,13 @@ def run(options: Options, task: Task, here: Processes) -> int:
 
     Collectives: those of wrapping, training and measuring the model; all ranks call it together.
     """
-    torch.manual_seed(options.seed)
+    _seed(options.seed)
     model = task.build().to(here.device)
     model = wrap(model, task.blocks(model), options.parallel, dtype=_dtype(options), here=here)
     if options.compile:
         model = torch.compile(model)  # type: ignore[assignment]
     index, count = data_replica(model)
-    torch.manual_seed(options.seed + 1 + index)  # dropout differs between replicas, not between runs
+    _seed(options.seed + 1 + index)  # dropout differs between replicas, not between runs
     optimizer = _optimizer(options, model)
     job = Job(
         options=options,
@@ -242,6 +243,14 @@ def _factor(options: Options) -> Callable[[int], float]:
         return 0.5 * (1 + math.cos(math.pi * min(1.0, (accepted - warmup) / (steps - warmup))))
 
     return factor
+
+
+def _seed(seed: int) -> None:
+    """Seed every random stream that belongs to the state of a run, whether the task draws from it or not."""
+    random.seed(seed)
+    if "numpy" in sys.modules:
+        sys.modules["numpy"].random.seed(seed)
+    torch.manual_seed(seed)
 
 
 def _dtype(options: Options) -> torch.dtype:

@@ -5,7 +5,7 @@ Everything here works without torch.distributed initialized, and where torch was
 """
 
 from ._classes import this_rank
-from .layout import Layout, Residence, residence
+from .layout import Layout, Residence, optimizer_state, residence
 from .modules import data_replica, describe, forward_groups, forward_module, has_collectives, reshard
 from .norm import clip_grad_norm_
 from .tensors import Wrapping, is_dtensor, local, wrapping
@@ -22,6 +22,7 @@ __all__ = [
     "has_collectives",
     "is_dtensor",
     "local",
+    "optimizer_state",
     "reshard",
     "residence",
     "this_rank",

@@ -40,10 +40,13 @@ def compiled_inner(module: nn.Module) -> nn.Module | None:
     return module._orig_mod  # type: ignore[return-value]
 
 
-def is_partitioned_optimizer(optimizer: object) -> bool:
-    """Whether an optimizer keeps each parameter's state on one rank although the parameter is replicated (ZeRO-1)."""
+def partitioned(optimizer: Any) -> Any:
+    """The optimizer inside a ZeRO-1 one (``ZeroRedundancyOptimizer``), or None for any other.
+
+    It keeps each parameter's state on one rank although the parameter is replicated, in an optimizer of its own.
+    """
     zero = sys.modules.get("torch.distributed.optim.zero_redundancy_optimizer")
-    return zero is not None and isinstance(optimizer, zero.ZeroRedundancyOptimizer)
+    return optimizer.optim if zero is not None and isinstance(optimizer, zero.ZeroRedundancyOptimizer) else None
 
 
 def ranks_of(group: Any) -> tuple[int, ...]:

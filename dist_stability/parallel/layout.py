@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import MutableMapping
 from dataclasses import dataclass
-from itertools import product
 from typing import Any
 
 import torch
 from torch import nn
+from torch.optim import Optimizer
 
 from ..errors import StabilityError
 from . import _fsdp1, _fsdp2
-from ._classes import DDP, is_partitioned_optimizer, this_rank
+from ._classes import DDP, partitioned, this_rank
 from .tensors import is_dtensor
 
 
@@ -80,7 +81,7 @@ class Layout:
 
     def state_residence(self, parameter: torch.Tensor, optimizer: object) -> Residence:
         """Where the optimizer state of a parameter lies: with the parameter, except under ZeRO-1 optimizers."""
-        return self._own if is_partitioned_optimizer(optimizer) else self.residence(parameter)
+        return self.residence(parameter) if partitioned(optimizer) is None else self._own
 
     def shape(self, parameter: torch.Tensor) -> tuple[int, ...]:
         """Shape before sharding, the same on every rank."""
@@ -104,9 +105,7 @@ class Layout:
             for placement, place in zip(tensor.placements, here, strict=True)
         ]
         replicas = ranks[tuple(window)].flatten().tolist()
-        if ranks.numel() == self._world:
-            return Residence(tuple(sorted(replicas)))
-        whole = _ranks(_root(mesh))
+        whole, outside = around(mesh)
         if whole.numel() != self._world:
             raise StabilityError(
                 f"rank {self._rank}: a DTensor parameter lies on a mesh of ranks {ranks.flatten().tolist()} in a job "
@@ -114,14 +113,26 @@ class Layout:
                 "as a slice of one that spans the job: init_device_mesh(device, (replicas, shards), "
                 "mesh_dim_names=...)[name]"
             )
-        place = {int(whole[index]): index for index in product(*(range(size) for size in whole.shape))}
-        inside = [place[rank] for rank in ranks.flatten().tolist()]
-        outside = [axis for axis in range(whole.ndim) if len({index[axis] for index in inside}) == 1]
         found: set[int] = set()
         for rank in replicas:
-            line = [slice(None) if axis in outside else place[rank][axis] for axis in range(whole.ndim)]
+            place = (whole == rank).nonzero()[0].tolist()
+            line = [slice(None) if axis in outside else place[axis] for axis in range(whole.ndim)]
             found.update(whole[tuple(line)].flatten().tolist())
         return Residence(tuple(sorted(found)))
+
+
+def optimizer_state(optimizer: Optimizer) -> MutableMapping[Any, Any]:
+    """Where an optimizer keeps its state: ``optimizer.state``, except for ZeRO-1 optimizers, which wrap another."""
+    inner = partitioned(optimizer)
+    return optimizer.state if inner is None else inner.state
+
+
+def around(mesh: Any) -> tuple[torch.Tensor, tuple[int, ...]]:
+    """The ranks of the mesh of which this one is a slice (or of itself), and the dimensions this one does not have."""
+    ranks = _ranks(mesh)
+    whole = _ranks(_root(mesh))
+    inside = torch.isin(whole, ranks).nonzero()
+    return whole, tuple(axis for axis in range(whole.ndim) if len(inside[:, axis].unique()) == 1)
 
 
 def residence(model: nn.Module, parameter: torch.Tensor, world: int) -> Residence:

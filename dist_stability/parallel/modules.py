@@ -9,6 +9,7 @@ from torch import nn
 
 from . import _fsdp1, _fsdp2
 from ._classes import DDP, compiled_inner
+from .layout import around
 from .tensors import is_dtensor
 
 
@@ -56,12 +57,15 @@ def data_replica(model: nn.Module) -> tuple[int, int]:
         inside, size = unit.process_group.rank(), unit.process_group.size()
         return (inside, size) if between is None else (between.rank() * size + inside, between.size() * size)
     for group in _fsdp2.groups(model):
-        return _place(group.mesh_info.mesh)
+        mesh = group.mesh_info.mesh
+        return _row_major(list(zip(mesh.get_coordinate(), mesh.mesh.shape, strict=True)))
     for part in model.modules():
         if isinstance(part, DDP):
             return part.process_group.rank(), part.process_group.size()
-    if _has_dtensors(model):
-        return 0, 1
+    for tensor in _dtensors(model):  # tensor parallel: what its mesh leaves out of the job's is data parallel
+        whole, outside = around(tensor.device_mesh)
+        place = (whole == dist.get_rank()).nonzero()[0].tolist()
+        return _row_major([(place[axis], whole.shape[axis]) for axis in outside])
     return dist.get_rank(), dist.get_world_size()
 
 
@@ -115,9 +119,9 @@ def _has_dtensors(model: nn.Module) -> bool:
     return bool(_dtensors(model))
 
 
-def _place(mesh: Any) -> tuple[int, int]:
-    """Row-major index of this rank in a mesh, and the mesh's size."""
-    index = 0
-    for here, size in zip(mesh.get_coordinate(), mesh.mesh.shape, strict=True):
-        index = index * size + here
-    return index, mesh.mesh.numel()
+def _row_major(places: list[tuple[int, int]]) -> tuple[int, int]:
+    """Index and number of the cells of a grid, from place and size along each dimension; (0, 1) without dimensions."""
+    index, count = 0, 1
+    for place, size in places:
+        index, count = index * size + place, count * size
+    return index, count

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -10,7 +11,7 @@ from torch import nn
 
 from ..errors import StabilityError
 from .layout import Layout
-from .tensors import local
+from .tensors import is_dtensor, local
 
 
 def clip_grad_norm_(
@@ -20,7 +21,8 @@ def clip_grad_norm_(
 
     For models whose gradients torch's own function gets wrong (FSDP1 shards) or refuses (DTensors on different
     meshes, DTensors beside plain tensors). Enters one all-reduce of one number over the default group; every rank
-    must call it. No host sync.
+    must call it. (A DTensor gradient that is laid out differently from its parameter, as under sequence parallelism,
+    enters one more.) No host sync, except for sparse gradients.
 
     Args:
         model: The model with its wrappers; says which ranks hold the same elements.
@@ -46,8 +48,7 @@ def clip_grad_norm_(
     with torch.no_grad():
         if gradients:
             # In float64 the square of every finite fp32 or bf16 gradient is finite.
-            reals = [torch.view_as_real(part) if part.is_complex() else part for part in gradients]
-            norms = torch._foreach_norm(reals, 2, dtype=torch.float64)
+            norms = torch._foreach_norm([_counted(owner) for owner in owners], 2, dtype=torch.float64)
             squares = torch._foreach_mul(norms, norms)
             torch._foreach_div_(squares, [float(layout.residence(owner).replicas) for owner in owners])
             square_sum = torch.stack([square.to(device) for square in squares]).sum()
@@ -56,5 +57,17 @@ def clip_grad_norm_(
         total = square_sum.sqrt()
         scale = (max_norm / (total + 1e-6)).clamp(max=1.0)
         for gradient in gradients:
-            gradient.mul_(scale.to(gradient.device))
+            # In-place arithmetic on a detached sparse tensor does not reach the original; on its values it does.
+            shared = gradient if gradient.layout == torch.strided else gradient._values()
+            shared.mul_(scale.to(shared.device))
     return total
+
+
+def _counted(parameter: torch.Tensor) -> torch.Tensor:
+    """The local gradient as real numbers whose squares count: summands summed, duplicates of a sparse one added up."""
+    gradient: Any = parameter.grad
+    if is_dtensor(gradient) and gradient.placements != parameter.placements:  # type: ignore[attr-defined]
+        gradient = gradient.redistribute(placements=parameter.placements)  # type: ignore[attr-defined]
+    shard = local(gradient)
+    dense = shard.coalesce().values() if shard.layout != torch.strided else shard
+    return torch.view_as_real(dense.resolve_conj()) if dense.is_complex() else dense

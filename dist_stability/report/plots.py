@@ -42,14 +42,19 @@ def probe_loss(
         x, y = run.state_probe()
         if not x:
             continue
-        twin = run.name == "twin"
-        axes.plot(x, y, color=color, linewidth=1.2 if twin else 2.0, linestyle=(0, (1, 2.2)) if twin else "-", zorder=3)
-        ends.append((y[-1], (labels or {}).get(run.name, run.name), color))
+        label = (labels or {}).get(run.name, run.name)
+        if run.name == "twin":
+            # It lies on the guarded run: rings show both.
+            ring = {"marker": "o", "markersize": 5, "markerfacecolor": "white", "markevery": max(1, len(x) // 24)}
+            axes.plot(x, y, color=color, linestyle="none", zorder=5, label=label, **ring)
+        else:
+            axes.plot(x, y, color=color, linewidth=2.0, zorder=3)
+            ends.append((y[-1], label, color))
         last = max(last, x[-1])
         _mark_refusals(axes, run)
     _shade(axes, [window for run in runs for window in run.fault_windows()])
     _frame_interesting(axes, runs)
-    axes.set_xlim(0, max(last, 1))
+    axes.set_xlim(0, 1.005 * max(last, 1))
     _label_ends(figure, axes, last, ends)
     handles, _ = axes.get_legend_handles_labels()
     if handles:
@@ -68,7 +73,7 @@ def innovation(run: RunRecord, *, title: str, subtitle: str = "") -> Any:
         e for e in run.events if e["action"] not in ("veto", "rollback", "deep_rollback") and _finite(e["innovation"])
     ]
     axes.axhline(0, color=GRID, linewidth=1, zorder=1)
-    axes.plot(*bound, color=REFUSED, linewidth=1.6, drawstyle="steps-mid", label="bound of the probe alone", zorder=2)
+    axes.plot(*bound, color=REFUSED, linewidth=1.6, drawstyle="steps-mid", label="bound", zorder=2)
     axes.scatter(
         [run.batch(e) for e in accepted],
         [e["innovation"] for e in accepted],
@@ -78,26 +83,20 @@ def innovation(run: RunRecord, *, title: str, subtitle: str = "") -> Any:
         label="accepted",
         zorder=3,
     )
-    # The axis fits the steady part; what lies outside is drawn at the edge, with its value.
-    typical = [abs(e["innovation"]) for e in accepted[len(accepted) // 10 :]] + [
-        b for b in bound[1][len(bound[1]) // 10 :]
-    ]
-    top = 1.6 * max(typical, default=1.0) or 1.0
-    for event in refused:
-        value = event["innovation"]
-        axes.scatter(
-            run.batch(event), min(max(value, -top), 0.94 * top), marker="x", s=34, color=COLORS["baseline"], zorder=4
-        )
+    low, high = _innovation_range([e["innovation"] for e in accepted], bound[1], [e["innovation"] for e in refused])
+    for event in refused:  # what lies outside is drawn at the edge
+        place = min(max(event["innovation"], 0.95 * low), 0.95 * high)
+        axes.scatter(run.batch(event), place, marker="x", s=34, color=COLORS["baseline"], zorder=4)
     if refused:
-        axes.scatter([], [], marker="x", s=34, color=COLORS["baseline"], label="refused")
-        outside = [event["innovation"] for event in refused if event["innovation"] > top]
-        if outside:
-            axes.text(
-                run.batch(refused[-1]) + 3, 0.94 * top, f"up to {max(outside):+.3g}", va="center", color=FAINT, size=9
-            )
-    axes.set_ylim(-top, top)
+        axes.scatter([], [], marker="x", s=34, color=COLORS["baseline"], label=f"refused ({len(refused)})")
+    outside = [event["innovation"] for event in refused if event["innovation"] > high]
+    if outside:
+        axes.text(
+            run.batch(refused[-1]) + 3, 0.95 * high, f"up to {max(outside):+.3g}", va="center", color=FAINT, size=9
+        )
+    axes.set_ylim(low, high)
     _shade(axes, run.fault_windows())
-    axes.legend(loc="lower right", frameon=False, labelcolor=FAINT, ncols=3)
+    axes.legend(loc="upper right", frameon=False, labelcolor=FAINT, ncols=3)
     return figure
 
 
@@ -145,7 +144,7 @@ def _canvas(title: str, subtitle: str) -> tuple[Any, Any]:
     backend = import_extra("matplotlib.backends.backend_agg", "a figure")
     figure = figure_module.Figure(figsize=(9.6, 4.8))
     backend.FigureCanvasAgg(figure)
-    axes = figure.add_axes((0.075, 0.125, 0.895, 0.7))
+    axes = figure.add_axes((0.08, 0.125, 0.89, 0.7))
     figure.text(0.022, 0.945, title, size=14, weight="bold", color=INK, va="center")
     figure.text(0.022, 0.885, subtitle, size=10, color=FAINT, va="center")
     for side in ("top", "right"):
@@ -163,6 +162,16 @@ def _canvas(title: str, subtitle: str) -> tuple[Any, Any]:
 def _shade(axes: Any, windows: Iterable[tuple[int, int]]) -> None:
     for begin, end in sorted(set(windows)):
         axes.axvspan(begin - 0.5, end + 0.5, color=WINDOW, linewidth=0, zorder=0)
+
+
+def _innovation_range(
+    accepted: Sequence[float], bounds: Sequence[float], refused: Sequence[float]
+) -> tuple[float, float]:
+    """Limits of the axis that show the steady part of a run well, and refusals where they are not far outside."""
+    late = [abs(value) for values in (accepted, bounds) for value in values[len(values) // 4 :]]
+    steady = max(late, default=0.0) or 1.0
+    high = max(1.3 * steady, min(1.3 * max(refused, default=0.0), 5 * steady))
+    return -0.5 * high, high
 
 
 def _mark_refusals(axes: Any, run: RunRecord) -> None:
@@ -212,7 +221,7 @@ def _label_ends(figure: Any, axes: Any, last: int, ends: list[tuple[float, str, 
             annotation_clip=False,
         )
     longest = max(len(label) for _, label, _ in ends)
-    axes.set_position((0.075, 0.125, 0.885 - 0.0088 * longest, 0.7))
+    axes.set_position((0.08, 0.125, 0.88 - 0.0088 * longest, 0.7))
 
 
 def _finite(value: Any) -> bool:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib.metadata
 import platform
+from functools import cache
+from pathlib import Path
 
 
 def versions() -> dict[str, str]:
@@ -15,3 +18,13 @@ def versions() -> dict[str, str]:
         except importlib.metadata.PackageNotFoundError:
             continue
     return found
+
+
+@cache
+def source_digest() -> str:
+    """SHA-256 over this package's source files: the version number alone misses a change in a working copy."""
+    package = Path(__file__).parent.parent
+    total = hashlib.sha256()
+    for path in sorted(package.rglob("*.py")):
+        total.update(f"{path.relative_to(package).as_posix()} ".encode() + path.read_bytes())
+    return total.hexdigest()

@@ -90,6 +90,10 @@ class PredictiveInnovation:
     A value that is not finite, a negative norm, or a measurement beyond 1e200 is refused. Committed all the same (in
     observe mode), such a measurement changes nothing, and such a norm is left out.
 
+    Two kinds of probe starve the scale, so that the first ordinary rise looks enormous: one rounded to bfloat16, whose
+    value stands still and then jumps by a whole step (measure in float32), and weights that do not move for the first
+    commits (a learning rate of exactly 0).
+
     Source: this project's detector notes, rule "LS+gd" with C = 8, tuned and reported in closed loop.
     """
 

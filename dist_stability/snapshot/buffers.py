@@ -55,10 +55,9 @@ class BufferCopies:
     def restore(self) -> None:
         """Write every buffer's content back in place and put replaced objects back. May be called repeatedly."""
         for copy in self._copies.values():
-            live = parallel.local(copy.tensor)
-            if live.shape != copy.content.shape:
-                live.resize_(copy.content.shape)
-            live.copy_(copy.content)
+            if parallel.local(copy.tensor).shape != copy.content.shape:
+                copy.tensor.resize_(copy.content.shape)
+            parallel.local(copy.tensor).copy_(copy.content)
         for module, buffers in self._slots:
             for name in [name for name in module._buffers if name not in buffers]:
                 delattr(module, name)

@@ -144,7 +144,9 @@ def _of_many(small: dict[int, torch.Tensor], result: torch.Tensor) -> None:
 
 def _bytes(tensor: torch.Tensor) -> torch.Tensor:
     """The elements in logical order as bytes; a view where the tensor is contiguous."""
-    return tensor.detach().resolve_conj().resolve_neg().reshape(-1).view(torch.uint8)
+    dense = tensor.detach().resolve_conj().resolve_neg().contiguous()
+    # Not view(-1) or reshape(-1): a row (or single element) with gaps may keep its stride, which has no view as bytes.
+    return dense.as_strided((dense.numel(),), (1,)).view(torch.uint8)
 
 
 def _words(data: torch.Tensor) -> torch.Tensor:

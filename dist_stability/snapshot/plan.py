@@ -280,15 +280,16 @@ def _walk(optimizers: Sequence[Optimizer]) -> tuple[Walk, tuple[tuple[Held, ...]
     for number, optimizer in enumerate(optimizers):
         of_optimizer = []
         members = set()
+        states = parallel.optimizer_state(optimizer)
         for group in optimizer.param_groups:
             for handle in group["params"]:
                 members.add(id(handle))
                 place = walk.take(handle, (number, id(handle)))
-                # Not optimizer.state[handle]: it is a defaultdict, and looking would make an entry.
-                state = optimizer.state.get(handle)
+                # Not states[handle]: it is a defaultdict, and looking would make an entry.
+                state = states.get(handle)
                 tree = walk.take(state, (number, id(handle))) if state else None
                 of_optimizer.append(Held(handle, place, tree, not state))
-        for key, state in optimizer.state.items():
+        for key, state in states.items():
             if id(key) not in members and not (isinstance(state, dict) and not state):
                 of_optimizer.append(Held(key, None, walk.take(state, (number, _mark(key))), False))
         everything.append(tuple(of_optimizer))

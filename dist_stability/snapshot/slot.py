@@ -173,6 +173,7 @@ class Slot:
                 f"rank {parallel.this_rank()}: the optimizer has other parameters than at the snapshot of attempt "
                 f"{self.attempt}; parameters that were added or removed cannot be rolled back"
             )
+        states = parallel.optimizer_state(optimizer)
         for held in of_optimizer:
             if held.parameter is not None and not overlay.matches(held.key, held.parameter):
                 raise SnapshotError(
@@ -180,7 +181,7 @@ class Slot:
                     f"than at the snapshot of attempt {self.attempt}, or its FSDP module is not in its sharded state"
                 )
             if not held.empty:
-                overlay.check(optimizer.state.get(held.key), held.state)
+                overlay.check(states.get(held.key), held.state)
 
     def _reserve(self, plan: StatePlan, tensors: Sequence[torch.Tensor]) -> None:
         """Lay out the views for a plan; take new memory only if there is too little."""
@@ -219,19 +220,20 @@ class Slot:
 
 
 def _lay(optimizer: Optimizer, of_optimizer: Sequence[Held], overlay: Overlay) -> None:
+    states = parallel.optimizer_state(optimizer)
     for held in of_optimizer:
         if held.parameter is not None:
             overlay.lay(held.key, held.parameter)
         if held.empty:
-            optimizer.state.pop(held.key, None)
+            states.pop(held.key, None)
             continue
-        live = optimizer.state.get(held.key)
+        live = states.get(held.key)
         new = overlay.lay(live, held.state)
         if new is not live:
-            optimizer.state[held.key] = new
+            states[held.key] = new
     kept = {id(held.key) for held in of_optimizer}
-    for key in [key for key in optimizer.state if id(key) not in kept]:
-        del optimizer.state[key]
+    for key in [key for key in states if id(key) not in kept]:
+        del states[key]
 
 
 def _copy(

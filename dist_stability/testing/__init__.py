@@ -1,7 +1,7 @@
 """For test-suites, ours and yours: faults on purpose, and the golden-twin oracle that judges the recovery."""
 
 from .faults import BITS, KINDS, LOSS_PHASES, PHASES, Fault, FaultInjector, InjectedFault, flip_largest
-from .oracle import Outcome, StateImage, assert_golden_twin, capture_state, compare
+from .oracle import NotTheTwin, Outcome, StateImage, assert_golden_twin, capture_state, compare
 
 __all__ = [
     "BITS",
@@ -11,6 +11,7 @@ __all__ = [
     "Fault",
     "FaultInjector",
     "InjectedFault",
+    "NotTheTwin",
     "Outcome",
     "StateImage",
     "assert_golden_twin",

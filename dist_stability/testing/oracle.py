@@ -85,6 +85,10 @@ class Outcome:
         return self.refused.union(*(verdict.undone for verdict in self.verdicts))
 
 
+class NotTheTwin(AssertionError):
+    """The guarded run and its golden twin differ, or not the expected attempts were refused; raised on every rank."""
+
+
 def capture_state(
     model: nn.Module,
     optimizers: Optimizer | Iterable[Optimizer],
@@ -167,7 +171,7 @@ def assert_golden_twin(
         The guarded run's outcome.
 
     Raises:
-        AssertionError: On every rank, if on any rank another set of attempts was refused or a bit differs; the message
+        NotTheTwin: On every rank, if on any rank another set of attempts was refused or a bit differs; the message
             names rank and entries.
 
     Collectives: those of the two runs and, in a distributed job, two ``all_gather_object``.
@@ -184,12 +188,12 @@ def assert_golden_twin(
     # Before the twin: its ranks would not meet in the same collectives if they dropped different batches.
     everyone = _gather(sorted(dropped))
     if any(other != everyone[0] for other in everyone):
-        raise AssertionError(f"the ranks dropped different attempts: {dict(enumerate(everyone))}")
+        raise NotTheTwin(f"the ranks dropped different attempts: {dict(enumerate(everyone))}")
     said += compare(guarded.image, run(dropped, False).image)
     lines = [f"rank {rank}: {line}" for rank, found in enumerate(_gather(said)) for line in found]
     if lines:
         shown = "\n  ".join(lines[:20] + ([f"... and {len(lines) - 20} more"] if len(lines) > 20 else []))
-        raise AssertionError(f"the guarded run is not its golden twin (dropped {sorted(dropped)}):\n  {shown}")
+        raise NotTheTwin(f"the guarded run is not its golden twin (dropped {sorted(dropped)}):\n  {shown}")
     return guarded
 
 

@@ -1,4 +1,4 @@
-"""Small models under every kind of parallelism, with their optimizer, from fixed seeds; for the tests beside this file."""
+"""Small models under every kind of parallelism, with their optimizer, from fixed seeds: for the tests beside it."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
@@ -64,6 +65,7 @@ class Run:
     model: nn.Module
     optimizer: torch.optim.Optimizer
     replica: int
+    average: Any = None
 
     def loss(self, index: int, module: nn.Module | None = None) -> Tensor:
         draw = torch.Generator().manual_seed(97 * index + self.replica)
@@ -74,6 +76,10 @@ class Run:
         self.optimizer.zero_grad()
         loss = self.loss(index)
         loss.backward()
+        for parameter in self.model.parameters() if self.average is not None else ():
+            shard = parallel.local(parameter.grad)
+            dist.all_reduce(shard, group=self.average)
+            shard /= 2
         return loss.detach()
 
     def step(self, index: int) -> Tensor:
@@ -91,19 +97,26 @@ class Run:
 
 
 def build(mode: str, rank: int, world: int, optimizer: str = "adamw", width: int | None = None) -> Run:
-    """``mode``: single, ddp, fsdp1[-flat]-STRATEGY, fsdp2[-uneven|-keep|-mixed|-offload], hsdp, tp, fsdp2+tp, ddp+tp."""
+    """``mode``: single, ddp, fsdp1[-flat]-STRATEGY, fsdp2[-uneven|-keep|-mixed|-offload], hsdp, tp, fsdp2+tp, dp+tp.
+
+    "dp+tp" is tensor parallelism on slices of the job's mesh, with gradients averaged by hand over the other dimension
+    (DDP itself refuses a mixture of DTensors and plain parameters).
+    """
     torch.manual_seed(3)
-    model, replica = wrap(Net(width or (7 if "uneven" in mode else 8)), mode, rank, world)
+    net = Net(width or (7 if "uneven" in mode else 8))
+    if mode == "fsdp2-mixed":
+        net.batch_norm = nn.Identity()  # on the CPU it takes no bfloat16 weights beside float32 statistics
+    model, replica, average = wrap(net, mode, rank, world)
     made = make_optimizer(model, optimizer)
     torch.manual_seed(1000 + replica)
-    return Run(model, made, replica)
+    return Run(model, made, replica, average)
 
 
-def wrap(net: Net, mode: str, rank: int, world: int) -> tuple[nn.Module, int]:
+def wrap(net: Net, mode: str, rank: int, world: int) -> tuple[nn.Module, int, Any]:
     if mode == "single":
-        return net, 0
+        return net, 0, None
     if mode == "ddp":
-        return DistributedDataParallel(net), rank
+        return DistributedDataParallel(net), rank, None
     if mode.startswith("fsdp1"):
         _, *flat, strategy = mode.split("-")
         options: dict[str, Any] = {}
@@ -117,19 +130,19 @@ def wrap(net: Net, mode: str, rank: int, world: int) -> tuple[nn.Module, int]:
             device_id=torch.device("cpu"),
             **options,
         )
-        return wrapped, rank
+        return wrapped, rank, None
     if mode == "hsdp":
         mesh = init_device_mesh("cpu", (world // 2, 2), mesh_dim_names=("replicate", "shard"))
         fully_shard(net.block, mesh=mesh)
-        return fully_shard(net, mesh=mesh), rank
+        return fully_shard(net, mesh=mesh), rank, None
     options = {}
     if mode.endswith("tp"):
         mesh = init_device_mesh("cpu", (world // 2, 2), mesh_dim_names=("dp", "tp"))
         parallelize_module(net.block, mesh["tp"], {"up": ColwiseParallel(), "down": RowwiseParallel()})
         if mode == "tp":
-            return net, 0
-        if mode == "ddp+tp":
-            return DistributedDataParallel(net, process_group=mesh["dp"].get_group()), rank // 2
+            return net, 0, None
+        if mode == "dp+tp":
+            return net, rank // 2, mesh["dp"].get_group()
         options["mesh"] = mesh["dp"]
     if mode == "fsdp2-mixed":
         options["mp_policy"] = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
@@ -138,7 +151,7 @@ def wrap(net: Net, mode: str, rank: int, world: int) -> tuple[nn.Module, int]:
     if mode == "fsdp2-keep":
         options["reshard_after_forward"] = False
     fully_shard(net.block, **options)
-    return fully_shard(net, **options), rank // 2 if mode == "fsdp2+tp" else rank
+    return fully_shard(net, **options), rank // 2 if mode == "fsdp2+tp" else rank, None
 
 
 def make_optimizer(model: nn.Module, name: str) -> torch.optim.Optimizer:

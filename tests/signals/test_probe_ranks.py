@@ -22,10 +22,10 @@ from dist_stability.signals import Gradients, LossProbe, Reading
 
 
 class Block(nn.Module):
-    def __init__(self) -> None:
+    def __init__(self, norm: type[nn.Module]) -> None:
         super().__init__()
         self.linear = nn.Linear(8, 8)
-        self.norm = nn.BatchNorm1d(8)
+        self.norm = norm(8)
         self.drop = nn.Dropout(0.5)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -33,15 +33,13 @@ class Block(nn.Module):
 
 
 class Model(nn.Module):
-    def __init__(self) -> None:
+    def __init__(self, norm: type[nn.Module] = nn.BatchNorm1d) -> None:
         super().__init__()
-        self.blocks = nn.Sequential(Block(), Block())
+        self.blocks = nn.Sequential(Block(norm), Block(norm))
         self.head = nn.Linear(8, 1)
         self.raise_inside = False
-        self.calls = 0
 
     def forward(self, x: Tensor, scale: float = 1.0) -> Tensor:
-        self.calls += 1
         x = self.blocks[0](x)
         if self.raise_inside:
             raise RuntimeError("inside the forward")
@@ -50,7 +48,7 @@ class Model(nn.Module):
 
 def build(kind: str) -> nn.Module:
     torch.manual_seed(0)
-    model: nn.Module = Model()
+    model: nn.Module = Model(nn.LayerNorm if "bf16" in kind else nn.BatchNorm1d)
     if kind.startswith("fsdp2"):
         policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16) if kind == "fsdp2 bf16" else MixedPrecisionPolicy()
         for block in model.blocks:  # type: ignore[union-attr]
@@ -136,7 +134,7 @@ def owed_forwards(rank: int, world: int, kind: str) -> list[str]:
     return said
 
 
-@pytest.mark.parametrize("kind", ["fsdp2", "fsdp2 bf16", "fsdp1"])
+@pytest.mark.parametrize("kind", ["fsdp2", "fsdp1"])
 def test_a_rank_that_fails_between_forwards_does_not_leave_its_peer_alone(two: harness.Pool, kind: str) -> None:
     healthy, failed = two.run(owed_forwards, kind, timeout=60)
     assert healthy == []
@@ -177,7 +175,7 @@ def inside(rank: int, world: int, kind: str) -> tuple[bool, bool, str, float, bo
 @pytest.mark.parametrize("kind", ["fsdp2", "fsdp1"])
 def test_a_raise_inside_the_forward_comes_back_while_the_peer_is_still_waiting(two: harness.Pool, kind: str) -> None:
     try:
-        waiting, raised = two.run(inside, kind, group_timeout=4.0, timeout=60)
+        waiting, raised = two.run(inside, kind, group_timeout=2.0, timeout=60)
     finally:
         two.close()  # a group that timed out is not used again
     assert raised[:3] == (True, True, "inside the forward") and raised[4]
@@ -299,13 +297,14 @@ def real_gradients(rank: int, world: int, kind: str) -> None:
     norm = parallel.clip_grad_norm_(model, parameters, 1e9)
     assert float(total) ** 0.5 == pytest.approx(float(norm), rel=1e-6)
     if kind == "fsdp2":
-        from torch.nn.utils import get_total_norm
-
-        partial = get_total_norm([p.grad for p in parameters])
-        assert isinstance(partial, DTensor) and not all(each.is_replicate() for each in partial.placements)
-        caller = Gradients(entries, partial).caller_norm
-        assert caller is not None and type(caller) is Tensor
-        assert float(caller) == pytest.approx(float(norm), rel=1e-5)
+        whole = nn.utils.get_total_norm([p.grad for p in parameters])
+        part = torch.linalg.vector_norm(parameters[0].grad)
+        assert whole.placements[0].is_replicate() and part.placements[0].is_partial()
+        expected = float(norm), float(torch.linalg.vector_norm(parameters[0].grad.full_tensor()))
+        for given, value in zip((whole, part), expected, strict=True):
+            caller = Gradients(entries, given).caller_norm
+            assert caller is not None and type(caller) is Tensor
+            assert float(caller) == pytest.approx(value, rel=1e-5)
     if rank == 1:  # one element in one shard
         next(parallel.local(p.grad) for p in parameters if p.grad is not None and parallel.local(p.grad).numel()).view(
             -1

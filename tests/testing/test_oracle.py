@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import nn
 
-from dist_stability.testing import Outcome, StateImage, assert_golden_twin, capture_state, compare
+from dist_stability.testing import NotTheTwin, Outcome, StateImage, assert_golden_twin, capture_state, compare
 from dist_stability.verdict import Action, Verdict
 
 
@@ -135,14 +135,14 @@ def test_a_true_twin_passes() -> None:
 
 
 def test_a_leak_is_named() -> None:
-    with pytest.raises(AssertionError, match=r"rank 0: buffer 1.running_mean: 4 of 4 elements differ"):
+    with pytest.raises(NotTheTwin, match=r"rank 0: buffer 1.running_mean: 4 of 4 elements differ"):
         assert_golden_twin(lambda skip, guarded: loop(skip, guarded, leak=True))
 
 
 def test_a_run_that_refuses_nothing_or_something_else_fails() -> None:
-    with pytest.raises(AssertionError, match="nothing was refused"):
+    with pytest.raises(NotTheTwin, match="nothing was refused"):
         assert_golden_twin(lambda skip, guarded: loop(skip, guarded, refuse=()))
-    with pytest.raises(AssertionError, match=r"refused attempts \[2\] instead of \[1\]"):
+    with pytest.raises(NotTheTwin, match=r"refused attempts \[2\] instead of \[1\]"):
         assert_golden_twin(loop, refused=[1])
 
 

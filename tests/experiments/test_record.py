@@ -1,0 +1,60 @@
+"""The recorder knows the probe loss of the state, whatever was refused or taken back."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dist_stability.experiments.options import parse_options
+from dist_stability.experiments.record import RunRecorder
+from dist_stability.experiments.tasks import make_task
+from dist_stability.experiments.wrapping import Processes
+from dist_stability.report.events import read_events, read_json
+
+
+def event(attempt: int, action: str, measurement: float | None, undone: tuple[int, ...] = ()) -> dict[str, Any]:
+    return {"attempt": attempt, "action": action, "measurement": measurement, "undone": list(undone)}
+
+
+def test_the_state_goes_back_with_a_refusal(tmp_path: Path) -> None:
+    options = parse_options(["--out", str(tmp_path)], 1)
+    task = make_task("text")
+    with RunRecorder(options, task, Processes(0, 1, torch.device("cpu")), task.build()) as record:
+        said = [
+            (0, event(0, "rollback", 9.0), math.nan),
+            (1, event(1, "commit", 5.0), 5.0),
+            (3, event(2, "commit", 4.0), 4.0),
+            (4, event(3, "unjudged", None), 4.0),
+            (5, event(4, "rollback", 8.0, (3,)), 4.0),
+            (6, event(5, "commit", 3.0), 3.0),
+            (7, event(6, "veto", None), 3.0),
+            (8, event(7, "deep_rollback", math.inf, (2, 3, 5)), 5.0),
+            (9, event(8, "commit", 4.5), 4.5),
+        ]
+        for batch, what, probe in said:
+            record.begin_batch(batch)
+            record.event(what)
+            assert record.probe == probe or math.isnan(record.probe) and math.isnan(probe)
+        record.finish(evaluation=1.0)
+    summary = read_json(tmp_path / "summary.json")
+    assert summary["refused"] == [0, 5, 7, 8]
+    assert summary["undone"] == [3, 4, 6]  # batches, not attempts
+    assert summary["final_probe"] == 4.5
+    assert summary["probe"]["batch"] == [0, 1, 3, 4, 5, 6, 7, 8, 9]
+    events = read_events(tmp_path / "events.jsonl")
+    assert [(e["batch"], e["attempt"]) for e in events[:4]] == [(0, 0), (1, 1), (3, 2), (4, 3)]
+    assert events[7]["measurement"] == math.inf and events[7]["probe"] == 5.0
+
+
+def test_other_ranks_keep_quiet_and_an_old_summary_is_removed(tmp_path: Path) -> None:
+    options = parse_options(["--out", str(tmp_path)], 2)
+    task = make_task("text")
+    (tmp_path / "summary.json").write_text("{}")
+    with RunRecorder(options, task, Processes(1, 2, torch.device("cpu")), task.build()) as quiet:
+        quiet.finish()
+    assert (tmp_path / "summary.json").read_text() == "{}" and not (tmp_path / "events.jsonl").exists()
+    with RunRecorder(options, task, Processes(0, 2, torch.device("cpu")), task.build()):
+        assert not (tmp_path / "summary.json").exists()

@@ -1,0 +1,211 @@
+"""The training program in a single process: what it writes, skips, measures and how it ends."""
+
+from __future__ import annotations
+
+import functools
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from dist_stability import LossProbe, StabilityController
+from dist_stability.experiments import training
+from dist_stability.experiments.digests import differences, digests
+from dist_stability.experiments.options import parse_options
+from dist_stability.experiments.unguarded import Unguarded
+from dist_stability.report.events import read_events, read_json
+from dist_stability.testing import StateImage
+
+SMALL = ("--steps", "8", "--batch-size", "4", "--probe-size", "4", "--warmup", "2", "--device", "cpu")
+
+
+@pytest.fixture(autouse=True)
+def _alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK"):
+        monkeypatch.delenv(name, raising=False)
+
+
+def run(out: Path, *arguments: str, status: int = 0) -> dict[str, Any]:
+    assert training.main([*SMALL, *arguments, "--out", str(out)]) == status
+    return read_json(out / "summary.json")
+
+
+def state(out: Path, rank: int = 0) -> dict[str, str]:
+    found: dict[str, str] = json.loads((out / f"state-rank{rank}.json").read_text())
+    return found
+
+
+def test_a_run_writes_its_events_and_its_summary(tmp_path: Path) -> None:
+    summary = run(tmp_path)
+    events = read_events(tmp_path / "events.jsonl")
+    assert [event["attempt"] for event in events] == list(range(8))
+    assert {event["action"] for event in events} == {"commit"}
+    assert events[-1]["measurement"] == summary["final_probe"] == summary["probe"]["value"][-1]
+    assert {"step", "rank", "signal", "innovation", "bound", "prediction", "seconds"} <= events[0].keys()
+    assert summary["finished"] and summary["refused"] == [] and summary["world_size"] == 1
+    assert summary["data"] == "English text of pydoc_data.topics"
+    assert summary["settings"]["batch_size"] == 4 and "torch" in summary["versions"]
+    assert 1.0 < summary["evaluation"] < 6.0
+
+
+def test_guarded_and_unguarded_runs_measure_the_same_and_end_in_the_same_state(tmp_path: Path) -> None:
+    arms = {rule: run(tmp_path / rule, "--rule", rule, "--state-digest") for rule in ("off", "predictive", "fixed")}
+    assert arms["off"]["probe"] == arms["predictive"]["probe"] == arms["fixed"]["probe"]
+    assert differences(state(tmp_path / "off"), state(tmp_path / "predictive")) == []
+    assert differences(state(tmp_path / "off"), state(tmp_path / "fixed")) == []
+    unguarded = read_events(tmp_path / "off" / "events.jsonl")
+    assert {(event["action"], event["signal"], event["innovation"]) for event in unguarded} == {("commit", "", None)}
+    assert set(unguarded[0]) == set(read_events(tmp_path / "fixed" / "events.jsonl")[0])
+
+
+def test_a_refused_batch_leaves_the_state_of_a_run_that_dropped_it(tmp_path: Path) -> None:
+    fault = ("--inject", "nan:step=3,rank=0,length=2")
+    extra = ("--dropout", "0.1", "--clip-grad-norm", "1.0", "--accumulate", "2", "--state-digest")
+    guarded = run(tmp_path / "guarded", *fault, *extra)
+    twin = run(tmp_path / "twin", "--rule", "off", "--skip-batches", "3-4", *extra)
+    assert guarded["refused"] == [3, 4]
+    assert differences(state(tmp_path / "guarded"), state(tmp_path / "twin")) == []
+    assert guarded["evaluation"] == twin["evaluation"]
+    # The guarded run keeps the committed value at the two batches that its twin has no event for.
+    kept = dict(zip(guarded["probe"]["batch"], guarded["probe"]["value"], strict=True))
+    assert kept.pop(3) == kept.pop(4) == kept[2]
+    assert kept == dict(zip(twin["probe"]["batch"], twin["probe"]["value"], strict=True))
+
+
+def test_a_fault_hits_the_unguarded_run_too(tmp_path: Path) -> None:
+    clean = run(tmp_path / "clean", "--rule", "off")
+    scaled = run(tmp_path / "scaled", "--rule", "off", "--inject", "gradient-scale:step=3,factor=-50,length=2")
+    flipped = run(tmp_path / "flipped", "--rule", "off", "--inject", "bit-flip:step=5,rank=0,where=parameter")
+    for faulty, first in ((scaled, 3), (flipped, 5)):
+        assert faulty["probe"]["value"][:first] == clean["probe"]["value"][:first]
+        assert faulty["probe"]["value"][first] != clean["probe"]["value"][first]
+
+
+def test_observe_says_what_it_would_do_and_does_nothing(tmp_path: Path) -> None:
+    observed = run(tmp_path, "--observe", "--rule", "fixed", "--epsilon", "0")
+    assert observed["refused"] == []
+    off = run(tmp_path / "off", "--rule", "off")
+    assert observed["probe"] == off["probe"]
+
+
+def test_every_second_step_is_judged(tmp_path: Path) -> None:
+    for rule in ("predictive", "off"):
+        run(tmp_path / rule, "--every", "2", "--rule", rule)
+        events = read_events(tmp_path / rule / "events.jsonl")
+        assert [event["action"] for event in events] == ["unjudged", "commit"] * 4
+        assert [event["measurement"] is None for event in events] == [True, False] * 4
+
+
+@pytest.mark.parametrize("optimizer", ["adam", "sgd"])
+@pytest.mark.parametrize("implementation", ["fused", "for-loop"])
+def test_optimizers_and_their_kernels(tmp_path: Path, optimizer: str, implementation: str) -> None:
+    fault = ("--inject", "nan:step=4,rank=0")
+    options = ("--optimizer", optimizer, "--implementation", implementation, "--schedule", "constant", "--steps", "6")
+    assert run(tmp_path, *options, *fault)["refused"] == [4]
+
+
+def test_bfloat16_computes_in_bfloat16_and_keeps_weights_in_float32(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[tuple[torch.dtype, torch.dtype]] = []
+    real = training.cross_entropy
+
+    def spy(model: Any, batch: Any) -> torch.Tensor:
+        seen.append((model(batch[0]).dtype, next(model.parameters()).dtype))
+        return real(model, batch)
+
+    monkeypatch.setattr(training, "cross_entropy", spy)
+    run(tmp_path, "--dtype", "bfloat16", "--steps", "2")
+    assert set(seen) == {(torch.bfloat16, torch.float32)}
+
+
+def test_a_run_that_only_refuses_stops_with_a_report(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    impatient = functools.partial(StabilityController, max_refusals_in_row=3)
+    monkeypatch.setattr(training, "StabilityController", impatient)
+    summary = run(tmp_path, "--inject", "nan:step=2,rank=0,length=9", status=1)
+    assert not summary["finished"]
+    assert summary["error"] == "StabilityStop" and "3 refusals in a row" in summary["reason"]
+    assert summary["report"]["refusals_in_a_row"] == 3
+    assert "StabilityStop" in capsys.readouterr().err
+
+
+def test_any_other_error_is_in_the_summary_too(tmp_path: Path) -> None:
+    with pytest.raises(RuntimeError, match="injected"):
+        training.main([*SMALL, "--rule", "off", "--inject", "raise:step=2,phase=gradients", "--out", str(tmp_path)])
+    summary = read_json(tmp_path / "summary.json")
+    assert not summary["finished"] and "injected" in summary["reason"]
+    assert len(read_events(tmp_path / "events.jsonl")) == 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("--task", "cifar10"), "--data DIR"),
+        (("--probe-size", "99999"), "cannot take 99999"),
+        (("--task", "digits", "--batch-size", "2000"), "does not fit"),
+    ],
+)
+def test_data_that_does_not_fit_ends_before_anything_starts(
+    tmp_path: Path, arguments: tuple[str, ...], said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert training.main([*SMALL, *arguments, "--out", str(tmp_path / "run")]) == 2
+    assert said in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_learning_rate_warms_up_and_ends_near_zero() -> None:
+    factor = training._factor(parse_options(["--steps", "100", "--warmup", "10"], 1))
+    assert [factor(0), factor(9), factor(10)] == [0.1, 1.0, 1.0]
+    assert factor(55) == pytest.approx(0.5)
+    assert factor(100) == factor(140) == 0.0
+    constant = training._factor(parse_options(["--schedule", "constant", "--warmup", "0", "--steps", "5"], 1))
+    assert [constant(0), constant(99)] == [1.0, 1.0]
+
+
+def test_unguarded_steps_are_plain_steps() -> None:
+    def build() -> tuple[torch.nn.Module, torch.optim.Optimizer]:
+        torch.manual_seed(0)
+        model = torch.nn.Sequential(torch.nn.Linear(3, 3), torch.nn.Dropout(0.5))
+        return model, torch.optim.Adam(model.parameters())
+
+    def loss_fn(model: torch.nn.Module, batch: torch.Tensor) -> torch.Tensor:
+        return model(batch).square().mean()
+
+    batches = list(torch.randn(6, 4, 3))
+    results = []
+    for measured in (False, True):
+        model, optimizer = build()
+        unguarded = Unguarded(model, optimizer, LossProbe(loss_fn, batches[:1]))
+        torch.manual_seed(1)
+        for batch in batches:
+            loss_fn(model, batch).backward()
+            if measured:
+                verdict = unguarded.step()
+                assert verdict.accepted and verdict.measurement is not None
+            else:
+                optimizer.step()
+            optimizer.zero_grad()
+        results.append([parameter.detach().clone() for parameter in model.parameters()])
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+def test_digests_tell_bits_types_and_names_apart() -> None:
+    image = {"a": torch.tensor([1.0, -0.0]), "b": 1, "c": 0.0, "d": torch.empty(0), "e": b"x", "f": None}
+    base = digests(StateImage(image))
+    assert base == digests(StateImage({**image, "a": torch.tensor([1.0, -0.0])}))
+    for name, other in (
+        ("a", torch.tensor([1.0, 0.0])),
+        ("a", torch.tensor([1.0, -0.0], dtype=torch.float64)),
+        ("a", torch.tensor([[1.0, -0.0]])),
+        ("b", True),
+        ("b", 1.0),
+        ("c", -0.0),
+        ("d", torch.empty(0, 2)),
+        ("e", "x"),
+    ):
+        assert differences(base, digests(StateImage({**image, name: other}))) == [name]
+    assert differences(base, {name: value for name, value in base.items() if name != "f"}) == ["f"]

@@ -1,0 +1,301 @@
+"""Promise 2, exact: after refusals the run is bit for bit the run that never saw those batches.
+
+Each job is a case of the zoo, the faults injected into it, and the attempts that must be refused because of them (and
+no others). ``assert_golden_twin`` compares every bit of every rank's state with a run of the same loop, without any
+controller, that drops those batches before the forward.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import harness
+import pytest
+import torch
+import zoo
+from zoo import Case
+
+from dist_stability import FixedInnovation, Judgement
+from dist_stability.testing import FaultInjector, NotTheTwin, Outcome, StateImage, assert_golden_twin, compare
+
+BAD = 10
+"""The attempt that most faults hit: the rule needs eight commits before a gradient norm counts as evidence."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """One golden-twin comparison."""
+
+    case: Case
+    faults: tuple[str, ...]
+    refused: tuple[int, ...] = (BAD,)
+    undone: tuple[int, ...] = ()
+    actions: tuple[str, ...] = ()
+    options: dict[str, Any] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        return f"{self.case} [{'; '.join(self.faults)}]"
+
+
+def twins(rank: int, world: int, jobs: list[Job]) -> list[str]:
+    """What is wrong with each job, on any rank."""
+    said = []
+    for job in jobs:
+        injector = FaultInjector.parse(job.faults)
+
+        def run(skip: frozenset[int], guarded: bool, job: Job = job, injector: FaultInjector = injector) -> Outcome:
+            faults = injector if guarded else None
+            return zoo.train(job.case, rank, world, skip=skip, guarded=guarded, injector=faults, **job.options)
+
+        try:
+            outcome = assert_golden_twin(run, refused=job.refused, undone=job.undone)
+        except NotTheTwin as error:
+            said.append(f"{job}: {error}")
+            continue
+        actions = tuple(str(v.action) for v in outcome.verdicts if not v.accepted)
+        if job.actions and actions != job.actions:
+            said.append(f"{job}: {actions} instead of {job.actions}")
+        if not all(isfinite(value) for value in outcome.image.entries.values()):
+            said.append(f"{job}: a value that is not finite was left in the state")
+        missing = [
+            str(fault) for fault in injector.faults if fault.rank in (None, rank) and fault not in injector.fired
+        ]
+        said += [f"{job}: rank {rank}: never fired: {fault}" for fault in missing]
+    return said
+
+
+def isfinite(value: object) -> bool:
+    if isinstance(value, torch.Tensor):
+        return not value.is_floating_point() or bool(value.isfinite().all())
+    return not isinstance(value, float) or math.isfinite(value)
+
+
+def check(jobs: Iterable[Job], timeout: float = 300) -> None:
+    jobs = list(jobs)
+    for world in sorted({zoo.world_of(job.case) for job in jobs}):
+        mine = [job for job in jobs if zoo.world_of(job.case) == world]
+        said = harness.pool(world).run(twins, mine, timeout=timeout)
+        assert not any(said), "\n\n".join(dict.fromkeys(line for lines in said for line in lines))
+
+
+SCALE = f"gradient-scale:step={BAD},factor=300,length=2"
+
+
+def matrix_of(mode: str) -> list[Case]:
+    """Each optimizer on the transformer (tied weights, dropout), two on the models with BatchNorm and in bfloat16."""
+    tensor_parallel = mode.endswith("tp")
+    cases = [Case(mode, optimizer=name) for name in zoo.OPTIMIZERS if not (tensor_parallel and name.endswith("fused"))]
+    for model in ("conv", "bf16"):
+        if not (tensor_parallel and model == "conv"):
+            cases += [Case(mode, model, name) for name in ("sgd", "adamw-foreach")]
+    return cases
+
+
+@pytest.mark.parametrize("mode", zoo.MODES)
+def test_gradient_scaling_over_the_matrix(mode: str) -> None:
+    check(Job(case, (SCALE,), refused=(BAD, BAD + 1), actions=("rollback",) * 2) for case in matrix_of(mode))
+
+
+def faults_of(mode: str) -> dict[str, tuple[str, str]]:
+    """Every fault of the list, on the last rank: (text, what must be done about it)."""
+    last = zoo.MODES[mode] - 1
+    # Without collectives in the forward only rank 0 runs the probe, so only there can it raise.
+    probing = 0 if mode in ("single", "ddp") else last
+    return {
+        "nan": (f"nan:step={BAD},rank={last}", "veto"),
+        "inf": (f"inf:step={BAD},rank={last}", "veto"),
+        "flipped gradient": (f"bit-flip:step={BAD},rank={last}", "rollback"),
+        "flipped parameter": (f"bit-flip:step={BAD},rank={last},where=parameter", "rollback"),
+        "raise before the forward": (f"raise:step={BAD},phase=loss-before-forward,rank={probing}", "rollback"),
+        "raise after the forward": (f"raise:step={BAD},phase=loss-after-forward,rank={probing}", "rollback"),
+    }
+
+
+@pytest.mark.parametrize("mode", zoo.MODES)
+def test_every_fault_in_every_mode(mode: str) -> None:
+    fused = "adamw-loop" if mode.endswith("tp") else "adamw-fused"
+    jobs = []
+    for fault, action in faults_of(mode).values():
+        jobs += [Job(Case(mode, optimizer=name), (fault,), actions=(action,)) for name in ("sgd", fused)]
+    if not mode.endswith("tp"):
+        fault, _ = faults_of(mode)["nan"]
+        # Without a guard the NaN reaches weights, moments and the probe, and is taken back from there.
+        jobs.append(Job(Case(mode, "conv", guards=False), (fault,), actions=("rollback",)))
+    check(jobs)
+
+
+FORMS = {
+    "attach": Case(form="attach", scheduler=True),
+    "closure": Case(form="closure", scheduler=True),
+    "attached closure": Case(form="attach+closure", scheduler=True),
+    "several optimizers": Case(optimizers=2, scheduler=True),
+    "several optimizers, attached": Case(optimizers=2, form="attach", scheduler=True),
+    "accumulation": Case(accumulation=2, scheduler=True),
+    "clipping": Case(clip=0.5, scheduler=True),
+    "clipping, attached": Case(clip=0.5, form="attach", model="conv"),
+    "tensor learning rate": Case(optimizer="adamw-loop", tensor_lr=True, scheduler=True),
+    "everything": Case(model="conv", accumulation=2, clip=1.0, scheduler=True, probe_on="mean", optimizer="adam-fused"),
+}
+
+
+@pytest.mark.parametrize("mode", ["single", "ddp", "fsdp2-uneven"])
+def test_every_way_to_use_it(mode: str) -> None:
+    jobs = []
+    for case in FORMS.values():
+        case = replace(case, mode=mode)
+        # Clipping hides the scaling from the probe, and hooks do not know the norm before it; a flip it cannot hide.
+        parameter = f"bit-flip:step={BAD},rank={zoo.MODES[mode] - 1},where=parameter"
+        jobs.append(Job(case, (parameter,)))
+        jobs.append(Job(case, (f"nan:step={BAD},rank=0",), actions=("veto",)))
+    check(jobs)
+
+
+def test_first_attempts_and_repeats(two: harness.Pool) -> None:
+    """A refusal before the optimizer has any state removes it again; several in a row and at the end work too."""
+    jobs = []
+    for mode in ("ddp", "fsdp2"):
+        flip = "bit-flip:step={},rank=1,where=parameter"
+        for optimizer in ("sgd", "adamw-foreach", "adamw-fused"):
+            case = Case(mode, optimizer=optimizer, steps=8)
+            jobs.append(Job(case, (flip.format(0),), refused=(0,)))
+            jobs.append(Job(case, ("nan:step=0,rank=1",), refused=(0,), actions=("veto",)))
+            jobs.append(Job(case, ("nan:step=7,rank=1",), refused=(7,), actions=("veto",)))
+            jobs.append(Job(case, (flip.format(0) + ",length=3", "nan:step=4,rank=0", flip.format(7)), (0, 1, 2, 4, 7)))
+    check(jobs)
+
+
+def test_one_replica_of_four(four: harness.Pool) -> None:
+    """A fault on one rank that the probe of rank 0 cannot see, where others hold the same bits."""
+    jobs = []
+    for mode in ("ddp", "hsdp", "fsdp2+tp"):
+        for fault in (f"bit-flip:step={BAD},rank=2,where=parameter,bit=low-mantissa", f"bit-flip:step={BAD},rank=2"):
+            jobs.append(Job(Case(mode, ranks=4), (fault,), actions=("rollback",)))
+    # Scaling on one rank of a sharded mode, and uneven and empty shards on more ranks than rows.
+    jobs += [Job(Case(mode, ranks=4, optimizer="sgd"), (SCALE,), (BAD, BAD + 1)) for mode in ("fsdp2-uneven", "fsdp1")]
+    jobs += [Job(Case("fsdp2-empty", ranks=4, optimizer="adam-loop"), (f"nan:step={BAD},rank=3",))]
+    check(jobs)
+
+
+def test_probe_on_every_rank_sees_what_rank_0_cannot(two: harness.Pool) -> None:
+    raising = [f"raise:step={BAD},phase=loss-{where}-forward,rank=1" for where in ("before", "in", "after")]
+    jobs = [Job(Case("ddp", probe_on="mean"), (fault,), actions=("rollback",)) for fault in raising]
+    # Replica checks off: the measurement alone must notice rank 1's weights.
+    flip = f"bit-flip:step={BAD},rank=1,where=parameter"
+    jobs.append(Job(Case("ddp", probe_on="mean"), (flip,), options={"replica_check_every": 0}))
+    jobs.append(Job(Case("fsdp2", probe_on="mean", model="conv"), (flip,)))
+    check(jobs)
+
+
+def test_raise_inside_the_forward_without_collectives(two: harness.Pool) -> None:
+    fault = f"raise:step={BAD},phase=loss-in-forward,rank=0"
+    check(Job(Case(mode), (fault,), actions=("rollback",)) for mode in ("single", "ddp"))
+
+
+@pytest.mark.parametrize("mode", ["single", "ddp", "fsdp2"])
+def test_every_third_attempt_is_judged(mode: str) -> None:
+    """A refusal takes back the unjudged attempts before it; a veto takes back none."""
+    last = zoo.MODES[mode] - 1
+    flip = f"bit-flip:step={{}},rank={last},where=parameter"
+    quiet = Case(mode, "conv", every=3, draws=False, scheduler=True)
+    jobs = [
+        Job(quiet, (flip.format(10),), refused=(11,), undone=(9, 10)),
+        Job(quiet, (flip.format(11),), refused=(11,), undone=(9, 10)),
+        Job(quiet, (flip.format(1),), refused=(2,), undone=(0, 1)),
+        # A loader may draw when nothing is undone.
+        Job(replace(quiet, draws=True), (f"nan:step=9,rank={last}",), refused=(9,), actions=("veto",)),
+        Job(replace(quiet, draws=True), (f"nan:step=10,rank={last}",), refused=(10,), actions=("veto",)),
+        Job(quiet, (f"nan:step=10,rank={last}", flip.format(11)), refused=(10, 11), undone=(9,)),
+        Job(replace(quiet, form="attach"), (flip.format(10),), refused=(11,), undone=(9, 10)),
+    ]
+    check(jobs)
+
+
+class AlwaysDeep(FixedInnovation):
+    """Algorithm 1 with a wish for the older anchor at each refusal."""
+
+    def judge(self, measurement: float, gradient_norm: float | None = None) -> Judgement:
+        judgement = super().judge(measurement, gradient_norm)
+        return judgement if judgement.accepted else replace(judgement, deep=True)
+
+    def anchor(self) -> dict[str, Any]:
+        return self.state_dict()
+
+    def deep(self, anchor: dict[str, Any]) -> None:
+        self.load_state_dict(anchor)
+
+
+@pytest.mark.parametrize("mode", ["single", "ddp", "fsdp1", "fsdp2"])
+def test_deep_rollback(mode: str) -> None:
+    """Back to the older of two anchors (commits 8 and 16), and the run goes on from there as its twin."""
+    flip = f"bit-flip:step={{}},rank={zoo.MODES[mode] - 1},where=parameter"
+    jobs = []
+    for model, optimizer in (("transformer", "adamw-foreach"), ("conv", "sgd")):
+        # The flip must be seen by the probe, not by comparing replicas: only the rule asks for a deep rollback.
+        case = Case(mode, model, optimizer, steps=24, draws=False, scheduler=True)
+        options = {"rule": AlwaysDeep(5.0), "replica_check_every": 0}
+        everywhere = "bit-flip:step={},where=parameter" if mode == "ddp" else flip
+        deep = (everywhere.format(20),)
+        jobs.append(Job(case, deep, (20,), tuple(range(8, 20)), ("deep_rollback",), options))
+        # With one anchor only there is no deep rollback yet.
+        jobs.append(Job(replace(case, steps=16), (everywhere.format(12),), (12,), (), ("rollback",), options))
+        # A second one goes to the same anchor, which now is both.
+        again = (everywhere.format(20), everywhere.format(22))
+        jobs.append(Job(case, again, (20, 22), (*range(8, 20), 21), ("deep_rollback",) * 2, options))
+    check(jobs)
+
+
+def test_deep_rollback_that_the_default_rule_asks_for(one: harness.Pool) -> None:
+    """Weights that are bad again and again with gradients that look fine: the eighth refusal goes back further."""
+    # A sign: a measurement that is not finite would count as evidence from the gradients.
+    flip = "bit-flip:step=20,where=parameter,bit=sign,length=8"
+    case = Case("single", steps=30, draws=False)
+    actions = ("rollback",) * 7 + ("deep_rollback",)
+    check([Job(case, (flip,), tuple(range(20, 28)), tuple(range(8, 20)), actions)])
+
+
+@pytest.mark.parametrize("mode", ["single", "ddp"])
+def test_with_a_grad_scaler(mode: str) -> None:
+    jobs = []
+    for optimizer in ("adamw-foreach", "adam-fused", "sgd"):
+        case = Case(mode, optimizer=optimizer, scaler=True, clip=None if optimizer == "sgd" else 1.0, scheduler=True)
+        flip = f"bit-flip:step={BAD},rank={zoo.MODES[mode] - 1},where=parameter"
+        jobs.append(Job(case, (flip,), actions=("rollback",)))
+        jobs.append(Job(replace(case, optimizers=2), (flip,), actions=("rollback",)))
+    check(jobs)
+
+
+def overflow(rank: int, world: int, cases: list[Case]) -> list[str]:
+    """A loss-scale overflow is the scaler's own business: the run equals the plain scaler's, nothing is refused."""
+    said = []
+    for case in cases:
+        fault = "inf:step=5,rank=0" if case.mode == "single" else "inf:step=5"
+        guarded = zoo.train(case, rank, world, injector=FaultInjector.parse([fault]))
+        plain = zoo.train(case, rank, world, injector=FaultInjector.parse([fault]), guarded=False)
+        actions = [str(verdict.action) for verdict in guarded.verdicts]
+        wrong = [] if actions == ["commit"] * 5 + ["scaler_skip"] + ["commit"] * 8 else [str(actions)]
+        said += [f"{case}: {line}" for line in wrong + compare(guarded.image, plain.image)]
+    return said
+
+
+@pytest.mark.parametrize("mode", ["single", "ddp"])
+def test_overflow_is_no_refusal(mode: str) -> None:
+    cases = [Case(mode, optimizer=name, scaler=True) for name in ("adamw-foreach", "adam-fused", "sgd")]
+    for said in harness.pool(zoo.MODES[mode]).run(overflow, cases):
+        assert not said, "\n".join(said)
+
+
+def overflow_on_one(rank: int, world: int) -> list[Any]:
+    """Infinite gradients on one rank only: without agreement its scaler alone would skip, and the ranks drift apart."""
+    case = Case("ddp", scaler=True)
+    outcome = zoo.train(case, rank, world, injector=FaultInjector.parse(["inf:step=5,rank=1"]))
+    weights = {k: v for k, v in outcome.image.entries.items() if k.startswith(("parameter", "optimizer", "scaler"))}
+    return [[str(verdict.action) for verdict in outcome.verdicts], StateImage(weights)]
+
+
+def test_overflow_on_one_rank_is_agreed_on(two: harness.Pool) -> None:
+    (first, here), (second, there) = two.run(overflow_on_one)
+    assert first == second and first[5] == "scaler_skip" and set(first[:5] + first[6:]) == {"commit"}
+    assert compare(here, there) == []
