@@ -4,7 +4,7 @@ Who calls what (the controller, in this order, every attempt)::
 
     flag(gradients)     a device flag that rides in the vote: any rank's True is a veto. No host sync.
     veto(norm)          only if reads_norm: a reason, or None, from the global norm that all ranks agreed on
-    explain(gradients)  rare: after a veto, what this rank can say about its cause
+    explain(gradients)  rare: after a flag was raised on some rank, what this rank can say about its cause
     commit(norm)        the proposal was committed          | exactly one of the two
     reject(norm)        it was refused, for whatever reason |
 
@@ -55,7 +55,10 @@ class Guard(Protocol):
         return None
 
     def explain(self, gradients: Gradients) -> str | None:
-        """What this rank's gradients say about a veto; None if nothing. Local: must enter no collective."""
+        """What this rank's gradients say about a raised flag; None if they show no fault. Must enter no collective.
+
+        Asked on every rank, whichever guard raised the flag, so a guard that finds nothing wrong must stay silent.
+        """
         return None
 
     def commit(self, norm: float | None) -> None:
@@ -209,15 +212,6 @@ class GradientNormGuard(Guard):
             f"(bar {bar:.1f} scales, veto {self._vetoes + 1} in a row)"
         )
 
-    def explain(self, gradients: Gradients) -> str | None:
-        """Name the parameter with the largest share of this rank's part of the norm. Waits for the device."""
-        squares = [(float(_square(gradient)), name) for name, gradient in gradients.named() if gradient.numel()]
-        total = sum(square for square, _ in squares)
-        if not 0.0 < total < math.inf:
-            return None
-        square, name = max(squares)
-        return f"{square / total:.0%} of this rank's squared gradient norm is in {name} (norm {math.sqrt(square):.4g})"
-
     def commit(self, norm: float | None) -> None:
         """Learn from a committed norm.
 
@@ -310,11 +304,6 @@ class GradientNormGuard(Guard):
     def _patient_bar(self) -> float:
         left = self.patience - self._vetoes
         return self._bar() * self.patience / left if left > 0 else math.inf
-
-
-def _square(gradient: Tensor) -> Tensor:
-    values = gradient if gradient.dtype.itemsize >= 2 else gradient.float()
-    return values.abs().to(torch.float64).square().sum()
 
 
 def _exp(value: float) -> float:

@@ -53,18 +53,22 @@ class Measuring:
         with bounded(parallel.forward_groups(self._model), vote.timeout * 0.75):
             reading = self.probe.measure(self._module)
         if reading.error is not None and self._collective and (reading.inside_forward or reading.owed):
-            raise self._stopped(reading.error, attempt, vote, phases) from reading.error
+            raise self._stopped(reading, attempt, vote, phases) from reading.error
         return reading
 
-    def _stopped(self, error: BaseException, attempt: int, vote: Vote, phases: Phases) -> LockstepError:
-        watch = phases.watch
+    def _stopped(self, reading: Reading, attempt: int, vote: Vote, phases: Phases) -> LockstepError:
+        watch, error = phases.watch, reading.error
+        assert error is not None
         if watch is not None and (is_transport_error(error) or watch.failure() is not None):
             return vote.lost(attempt, error)
-        reason = f"the probe's forward, which contains collectives, raised {one_line(error)}"
+        if reading.inside_forward:
+            reason = f"the probe's forward, which contains collectives, raised {one_line(error)}"
+        else:
+            reason = f"the probe raised {one_line(error)} and its forwards are not known well enough to be made up for"
         if watch is not None:
             watch.fail(attempt, reason)
         return LockstepError(
-            f"rank {vote.rank} stopped at attempt {attempt}: {reason}. The other ranks are inside the same forward and "
+            f"rank {vote.rank} stopped at attempt {attempt}: {reason}. The other ranks are inside a forward and "
             f"cannot be called back; restart the job from its last checkpoint.",
             ranks=[vote.rank],
             step=attempt,

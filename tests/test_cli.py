@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import subprocess
+import runpy
 import sys
 from pathlib import Path
 
@@ -74,8 +74,10 @@ def test_demo_passes_its_status_on(
     assert cli.main(["demo"]) == 130
 
 
-def test_the_module_is_the_command() -> None:
-    shown = subprocess.run(
-        [sys.executable, "-m", "dist_stability", "--help"], capture_output=True, text=True, timeout=60, check=True
-    )
-    assert all(command in shown.stdout for command in ("demo", "report", "doctor"))
+def test_the_module_is_the_command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(sys, "argv", ["dist-stability", "--help"])
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_module("dist_stability", run_name="__main__")
+    assert not ended.value.code
+    shown = capsys.readouterr().out
+    assert all(f"\n    {command} " in shown for command in ("demo", "report", "doctor"))

@@ -193,7 +193,9 @@ def test_after_a_window_of_bad_steps_nothing_good_is_vetoed_and_the_next_window_
     for seed in range(10):
         bad = [*range(120, 130), *range(150, 180)]
         norms = [norm * (300 if t in bad else 1) for t, norm in enumerate(stream(seed, 0.2))]
-        assert [t for t, vetoed in enumerate(play(GradientNormGuard(), norms)) if vetoed] == bad
+        guard = GradientNormGuard()
+        assert [t for t, vetoed in enumerate(play(guard, norms)) if vetoed] == bad
+        assert guard.state_dict()["vetoes"] == 0
 
 
 def test_bloom_176b_spike_is_seen_four_steps_before_the_peak() -> None:
@@ -247,6 +249,12 @@ def test_zero_and_unknown_norms_pass_and_teach_nothing() -> None:
 def test_a_small_norm_is_never_vetoed() -> None:
     guard = GradientNormGuard()
     assert not any(play(guard, [1.0] * 50 + [1e-3, 1e-30, 5e-324] + [1.0] * 50))
+
+
+def test_one_tiny_norm_does_not_blind_the_guard() -> None:
+    guard = GradientNormGuard()
+    play(guard, [1.0] * 50 + [1e-12])
+    assert guard.veto(30.0) is not None
 
 
 def test_asking_changes_nothing_and_a_refusal_by_others_teaches_nothing() -> None:
@@ -366,14 +374,10 @@ def test_a_smaller_rate_is_more_tolerant() -> None:
     assert strict.settings() == {"false_veto_rate": 1e-2, "patience": 128}
 
 
-def test_reasons_and_explanations_name_things() -> None:
+def test_reasons_name_things() -> None:
     guard = GradientNormGuard()
     play(guard, [2.0] * 50)
     reason = guard.veto(600.0)
     assert reason is not None and "gradient norm 600 is 28.5 scales above the usual 2 (bar 9.4 scales, veto 1" in reason
     assert guard.veto(NAN) == "gradient norm is nan"
-    assert guard.explain(of(a=[1.0], b=[6.0, 8.0], c=torch.zeros(0))) == (
-        "99% of this rank's squared gradient norm is in b (norm 10)"
-    )
-    assert guard.explain(of(a=[NAN])) is None and guard.explain(of()) is None
     assert "usual norm=2" in repr(guard) and "usual norm=none" in repr(GradientNormGuard())

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from dist_stability.experiments.arms import Arm, run_arm
+from dist_stability.experiments.arms import Arm, is_done, run_arm
 from dist_stability.experiments.digests import differences
 from dist_stability.report.events import read_events, read_json
 
@@ -50,7 +50,7 @@ def test_a_guarded_run_equals_its_twin_on_every_rank(tmp_path: Path, parallel: s
     # The twin goes the way the demo goes, through the module of the installed package.
     arguments = (*SMALL, "--parallel", parallel, "--rule", "off", "--skip-batches", "4")
     assert run_arm(Arm("twin", "twin", arguments, 2), tmp_path / "twin")
-    assert not run_arm(Arm("twin", "twin", arguments, 2), tmp_path / "twin")
+    assert is_done(Arm("twin", "twin", arguments, 2), tmp_path / "twin")
     assert unequal(tmp_path / "guarded", tmp_path / "twin") == []
 
 
@@ -63,14 +63,7 @@ def test_a_lockstep_error_ends_every_rank_with_a_reason(tmp_path: Path) -> None:
     assert not summary["finished"]
     assert summary["error"] == "LockstepError" and summary["ranks"] == [1] and summary["attempt"] == 3
     assert "injected" in summary["reason"]
-    assert "rank 0: LockstepError" in ended.stderr
-
-
-def test_bad_options_are_named_once_and_nothing_is_started(tmp_path: Path) -> None:
-    ended = launch(tmp_path / "run", "--batch-size", "7")
-    assert ended.returncode != 0
-    assert ended.stderr.count("error: --batch-size 7: not divisible by 2 processes") == 1
-    assert not (tmp_path / "run").exists()
+    assert "rank 1: LockstepError" in ended.stderr
 
 
 def test_the_script_runs_alone(tmp_path: Path) -> None:

@@ -108,15 +108,14 @@ def test_sharded_the_rest_is_the_probes_forward(two: harness.Pool) -> None:
 
 def disagree(rank: int, world: int, about: str, bad: int) -> None:
     """Five good attempts, then one rank holds another opinion."""
-    case = Case("ddp", steps=8)
+    case = Case("fsdp2", optimizer="sgd", steps=8)
     setup = zoo.build(case, rank, world)
     with zoo.control(case, setup, timeout=20.0) as controller:
         for attempt in range(case.steps):
             zoo.loss_fn(setup.model, zoo.fetch(case, setup, attempt)[0]).backward()
             norm: Any = None
             if attempt == 5 and about == "step" and rank == bad:
-                controller.load_state_dict({**controller.state_dict(), "attempt": 7})
-                zoo.loss_fn(setup.model.module, zoo.data(case, 0, 0)).backward()
+                controller._attempt = 7  # as after a step() that the others did not call
             if attempt == 5 and about == "plan" and rank == bad:
                 setup.optimizers[0].add_param_group({"params": [torch.nn.Parameter(torch.ones(3))]})
             if about == "gradient norm":
@@ -130,7 +129,7 @@ def disagree(rank: int, world: int, about: str, bad: int) -> None:
 def test_disagreement_stops_every_rank_by_name(four: harness.Pool, about: str) -> None:
     for error in four.run(disagree, about, 2, expect_failure=True, timeout=60):
         assert isinstance(error, RankError) and error.is_a("LockstepError"), str(error)
-        assert error.facts["ranks"] == (2,) and error.facts["step"] in (5, 7), error.facts
+        assert error.facts["ranks"] == (2,) and error.facts["step"] in (5, 6, 7), error.facts
         assert "rank" in error.message and about.split(",")[0] in error.message, error.message
 
 
@@ -217,7 +216,7 @@ def faulty(rank: int, world: int, case: Case, faults: list[str], timeout: float)
 
 def peers_of(two: harness.Pool, case: Case, fault: str, timeout: float = 5.0) -> tuple[RankError, RankError]:
     """Rank 0, which must stop with a LockstepError that names rank 1, and rank 1."""
-    results = two.run(faulty, case, [fault], timeout, expect_failure=True, timeout=60, grace=2 * timeout)
+    results = two.run(faulty, case, [fault], timeout, expect_failure=True, timeout=60, grace=timeout / 2)
     peer, culprit = results
     assert isinstance(peer, RankError) and peer.is_a("LockstepError"), str(peer)
     assert peer.facts["ranks"] == (1,) and "rank 1" in peer.message, peer.message
@@ -234,8 +233,8 @@ def test_a_rank_that_never_arrives_is_named(two: harness.Pool, phase: str) -> No
 
 
 def test_a_rank_that_sleeps_is_told_from_one_that_died(two: harness.Pool) -> None:
-    peer, _ = peers_of(two, Case("ddp", steps=6), "sleep:step=3,phase=gradients,rank=1,seconds=30")
-    assert "waited for rank 1 (last seen at attempt 3, gradients" in peer.message and "silent" not in peer.message
+    peer, _ = peers_of(two, Case("ddp", steps=6), "sleep:step=3,phase=step,rank=1,seconds=30")
+    assert "waited for rank 1 (last seen at attempt 3, step)" in peer.message and "silent" not in peer.message
 
 
 @pytest.mark.parametrize("mode", ["ddp", "fsdp2"])
@@ -255,7 +254,7 @@ def test_a_rank_that_dies_is_named(two: harness.Pool, phase: str) -> None:
 def test_a_rank_that_raises_is_named_with_its_reason(two: harness.Pool, phase: str) -> None:
     """At any point of the step: not a vote, since the step cannot go on there, but never silence."""
     fault = f"raise:step=3,phase={phase.replace(' ', '-')},rank=1"
-    peer, culprit = peers_of(two, Case("ddp", steps=6), fault, timeout=20.0)
+    peer, culprit = peers_of(two, Case("ddp", steps=6), fault)
     assert culprit.is_a("InjectedFault")
     assert "rank 1 stopped at attempt 3" in peer.message and "InjectedFault" in peer.message, peer.message
 
@@ -263,7 +262,7 @@ def test_a_rank_that_raises_is_named_with_its_reason(two: harness.Pool, phase: s
 def test_a_rank_that_raises_in_a_restore_is_named(two: harness.Pool) -> None:
     faults = ["nan:step=3,rank=1", "raise:step=3,phase=restore,rank=1"]
     case = Case("fsdp2", steps=6, guards=False)
-    for error in two.run(faulty, case, faults, 20.0, expect_failure=True, timeout=60):
+    for error in two.run(faulty, case, faults, 8.0, expect_failure=True, timeout=60):
         assert error.is_a("LockstepError") or error.is_a("InjectedFault"), str(error)
         assert "rank 1" in error.message and "InjectedFault" in str(error)
 
@@ -272,7 +271,7 @@ def test_a_rank_that_raises_in_a_restore_is_named(two: harness.Pool) -> None:
 def test_raising_inside_a_forward_with_collectives_stops_all_by_name(two: harness.Pool, mode: str) -> None:
     for bad in (0, 1):
         fault = f"raise:step=3,phase=loss-in-forward,rank={bad}"
-        for error in two.run(faulty, Case(mode, steps=6), [fault], 20.0, expect_failure=True, timeout=60):
+        for error in two.run(faulty, Case(mode, steps=6), [fault], 8.0, expect_failure=True, timeout=60):
             assert isinstance(error, RankError) and error.is_a("LockstepError"), str(error)
             assert error.facts["ranks"] == (bad,) and error.facts["step"] == 3, error.facts
             assert f"rank {bad} stopped at attempt 3" in error.message, error.message
@@ -282,7 +281,7 @@ def test_raising_inside_a_forward_with_collectives_stops_all_by_name(two: harnes
 def test_four_ranks_stop_when_one_raises_inside(four: harness.Pool) -> None:
     for mode in ("hsdp", "fsdp2+tp"):
         fault = "raise:step=3,phase=loss-in-forward,rank=2"
-        for error in four.run(faulty, Case(mode, steps=6), [fault], 20.0, expect_failure=True, timeout=90):
+        for error in four.run(faulty, Case(mode, steps=6), [fault], 8.0, expect_failure=True, timeout=90):
             assert isinstance(error, RankError) and error.is_a("LockstepError"), str(error)
             assert error.facts["ranks"] == (2,), error.message
 
@@ -312,7 +311,7 @@ def test_an_exception_in_the_loop_of_one_rank_reaches_the_others_by_name(two: ha
 def test_a_damaged_snapshot_is_never_restored(two: harness.Pool, mode: str) -> None:
     """Without an older one the job stops, on every rank, with the name of what is damaged."""
     faults = ["bit-flip:step=5,rank=1,where=snapshot,bit=low-mantissa", "nan:step=5,rank=0"]
-    for error in two.run(faulty, Case(mode, steps=8, guards=False), faults, 20.0, expect_failure=True, timeout=60):
+    for error in two.run(faulty, Case(mode, steps=8, guards=False), faults, 8.0, expect_failure=True, timeout=60):
         assert isinstance(error, RankError) and error.is_a("SnapshotError"), str(error)
         assert "rank 1: snapshot of attempt 4: damaged" in error.message, error.message
 

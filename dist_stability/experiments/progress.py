@@ -78,9 +78,9 @@ def _bar() -> Any:
     except MissingExtra:
         return None
     return rich.Progress(
-        rich.TextColumn("{task.description}"),
+        rich.TextColumn("{task.description}", markup=False),
         rich.BarColumn(),
         rich.MofNCompleteColumn(),
         rich.TimeElapsedColumn(),
-        rich.TextColumn("{task.fields[numbers]}"),
+        rich.TextColumn("{task.fields[numbers]}", markup=False),
     )

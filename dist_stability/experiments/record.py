@@ -21,7 +21,7 @@ REFUSALS = ("veto", "rollback", "deep_rollback")
 
 
 class RunRecorder:
-    """Keeps the run's history on every rank; rank 0 writes it.
+    """Keeps the run's history on every rank; rank 0 writes it, or, after an error, whoever is first.
 
     ``probe`` is the probe loss of the state the model is in: after a refusal that of the state it went back to.
 
@@ -85,11 +85,15 @@ class RunRecorder:
     def finish(self, *, evaluation: float | None = None, error: BaseException | None = None) -> None:
         """Write the summary.
 
+        Rank 0 does. After an error another rank does if rank 0 has not: the launcher ends the remaining processes as
+        soon as the first one has left, so rank 0 may not get to it, and every rank knows the same.
+
         Args:
             evaluation: Loss on held-out data that the probe does not use.
             error: What stopped the run before its end.
         """
-        if not self._writes:
+        path = self._options.out / "summary.json"
+        if not self._writes and (error is None or path.exists()):
             return
         stop: dict[str, Any] = {}
         if error is not None:
@@ -99,7 +103,7 @@ class RunRecorder:
         if isinstance(error, StabilityStop):
             stop.update(report=error.report)
         write_json(
-            self._options.out / "summary.json",
+            path,
             {
                 "finished": error is None,
                 **stop,

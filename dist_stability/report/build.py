@@ -184,8 +184,8 @@ def _guard_figures(run: RunRecord, words: Words) -> list[str]:
     parts = [
         html.figure(
             plots.to_png(plots.innovation(run, title=f"What the rule saw: {run.name}", subtitle=words.figure_title)),
-            "Innovation: the probe of a proposal minus the value predicted from committed history. It is accepted up to "
-            "the bound, which a rule may lower for a step with an outlying gradient norm.",
+            "Innovation: the probe of a proposal minus the value predicted from committed history. It is accepted up "
+            "to the bound, which a rule may lower for a step with an outlying gradient norm.",
         )
     ]
     if run.series("gradient_norm")[1]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import IO, Any
@@ -46,8 +47,8 @@ def from_json(value: Any) -> Any:
 
 
 def write_json(path: Path, value: Mapping[str, Any]) -> None:
-    """Write a summary as strict JSON; a reader never sees half of it."""
-    partial = path.with_name(path.name + ".partial")
+    """Write a summary as strict JSON; a reader never sees half of it, even if several processes write."""
+    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
     partial.write_text(json.dumps(to_json(value), indent=2, allow_nan=False) + "\n", encoding="utf-8")
     partial.replace(path)
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import importlib.metadata
 import platform
-from functools import cache
 from pathlib import Path
 
 
@@ -20,7 +19,6 @@ def versions() -> dict[str, str]:
     return found
 
 
-@cache
 def source_digest() -> str:
     """SHA-256 over this package's source files: the version number alone misses a change in a working copy."""
     package = Path(__file__).parent.parent

@@ -77,8 +77,7 @@ class Gradients:
         with torch.no_grad():
             for _, parameter, residence in self._owned:
                 part = _real(_dense(local(_placed(parameter))))
-                if part.numel():
-                    groups.setdefault((part.device, part.dtype, residence.replicas), []).append(part)
+                groups.setdefault((part.device, part.dtype, residence.replicas), []).append(part)
             total = torch.zeros((), dtype=torch.float64, device=self.device)
             for (_, _, replicas), parts in groups.items():
                 norms = torch.stack(torch._foreach_norm(parts, 2, dtype=torch.float64))

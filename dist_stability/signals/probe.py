@@ -3,9 +3,9 @@
 Lifecycle. The controller makes one measurement before training, y(theta_0), and one for each proposal, on every rank
 that takes part in the model's forward. It passes what ``parallel.forward_module`` returned.
 
-A measurement leaves no trace: train/eval flags, random streams, buffers, gradients, FSDP's sharding state and the
-autocast cache are as before, whether it succeeds or fails. It is a fixed function of weights and buffers, even where
-``loss_fn`` draws random numbers.
+A measurement leaves no trace, whether it succeeds or fails: train/eval flags, random streams, buffers and gradients are
+as before, FSDP modules are left sharded, autocast's cache of casts empty. It is a fixed function of weights and
+buffers, even where ``loss_fn`` draws random numbers.
 
 Failure. An exception is a result, not an event: ``measure`` returns it. What it means depends on where it was raised.
 Before or after a forward, the rank runs the forwards that its peers are waiting in and is then free to vote "no".
@@ -176,7 +176,8 @@ class LossProbe:
         known = self._know(model)
         with ExitStack() as undo:  # undone in reverse order, every step of it, whatever happens
             undo.enter_context(torch.no_grad())
-            # A cast of the weights that autocast made before the step is stale now; one made here has no autograd.
+            # Inside an autocast region the casts of the weights made before the step are stale now, as those made here
+            # would be after a rollback. (In older versions of torch those made here would lack autograd, too.)
             undo.callback(torch.clear_autocast_cache)
             torch.clear_autocast_cache()
             # FSDP may hold gathered copies of the weights from before the step, and would keep ours.

@@ -39,7 +39,7 @@ def as_scalar(value: object, what: str, *, one_element: bool = False) -> Tensor:
             f"{what} must be {expected} or a float, got a tensor of shape {list(value.shape)}; reduce it first, for "
             "example with .mean()"
         )
-    whole: Any = value.detach()
+    whole: Any = value
     if is_dtensor(whole):
         whole = whole.full_tensor()
     return local(whole).reshape(()).to(torch.float64)

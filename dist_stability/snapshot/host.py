@@ -24,8 +24,16 @@ from ..errors import SnapshotError
 from .buffers import BufferCopies
 from .rng import RandomState
 
-_SCALER_NUMBERS = ("_init_scale", "_init_growth_tracker", "_growth_factor", "_backoff_factor", "_growth_interval")
-_SCALER_TENSORS = ("_scale", "_growth_tracker")
+# What a GradScaler changes as it runs, and what its setters change.
+_SCALER_VALUES = (
+    "_init_scale",
+    "_init_growth_tracker",
+    "_growth_factor",
+    "_backoff_factor",
+    "_growth_interval",
+    "_scale",
+    "_growth_tracker",
+)
 
 
 class ForwardState:
@@ -85,9 +93,9 @@ class EntryState:
                 for optimizer in optimizers
             ),
             # Not its state_dict(): that reads the scale on the host, and on CUDA waits for it.
-            scaler=None
-            if scaler is None
-            else {name: _copied(getattr(scaler, name)) for name in (*_SCALER_NUMBERS, *_SCALER_TENSORS)},
+            scaler={name: _copied(getattr(scaler, name)) for name in _SCALER_VALUES}
+            if scaler is not None and scaler.is_enabled()
+            else None,
             extra={name: copy.deepcopy(stateful.state_dict()) for name, stateful in (extra_state or {}).items()},
         )
 

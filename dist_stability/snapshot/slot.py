@@ -28,6 +28,7 @@ ALIGNMENT = 64
 
 _MAX_CHUNK = 64 << 20  # bytes
 _MIN_CHUNKS = 8
+_NO_MEMORY = torch.empty(0, dtype=torch.uint8)
 
 
 class SlotState(StrEnum):
@@ -59,7 +60,7 @@ class Slot:
         self.forward: ForwardState | None = None
         self.entry: EntryState | None = None
         self.rule_anchor: dict[str, Any] | None = None
-        self._arena = torch.empty(0, dtype=torch.uint8)
+        self._arena = _NO_MEMORY
         self._views: list[torch.Tensor] = []
         self._plan: StatePlan | None = None
         self._held: tuple[tuple[Held, ...], ...] = ()
@@ -191,7 +192,7 @@ class Slot:
             end += -(-entry.nbytes // ALIGNMENT) * ALIGNMENT
         pinned = any(tensor.is_cuda for tensor in tensors)
         if end > self._arena.numel() or pinned != self._arena.is_pinned():
-            self._views, self._arena = [], torch.empty(0, dtype=torch.uint8)  # before the new one, not beside it
+            self._views, self._arena = [], _NO_MEMORY  # before the new one, not beside it
             try:
                 self._arena = torch.empty(end, dtype=torch.uint8, pin_memory=pinned)
             except RuntimeError as error:

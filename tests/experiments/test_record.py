@@ -37,7 +37,7 @@ def test_the_state_goes_back_with_a_refusal(tmp_path: Path) -> None:
         for batch, what, probe in said:
             record.begin_batch(batch)
             record.event(what)
-            assert record.probe == probe or math.isnan(record.probe) and math.isnan(probe)
+            assert record.probe == probe or (math.isnan(record.probe) and math.isnan(probe))
         record.finish(evaluation=1.0)
     summary = read_json(tmp_path / "summary.json")
     assert summary["refused"] == [0, 5, 7, 8]
@@ -55,6 +55,12 @@ def test_other_ranks_keep_quiet_and_an_old_summary_is_removed(tmp_path: Path) ->
     (tmp_path / "summary.json").write_text("{}")
     with RunRecorder(options, task, Processes(1, 2, torch.device("cpu")), task.build()) as quiet:
         quiet.finish()
+        quiet.finish(error=RuntimeError("late"))
     assert (tmp_path / "summary.json").read_text() == "{}" and not (tmp_path / "events.jsonl").exists()
     with RunRecorder(options, task, Processes(0, 2, torch.device("cpu")), task.build()):
         assert not (tmp_path / "summary.json").exists()
+    with RunRecorder(options, task, Processes(1, 2, torch.device("cpu")), task.build()) as witness:
+        witness.finish()
+        assert not (tmp_path / "summary.json").exists()
+        witness.finish(error=RuntimeError("rank 0 was ended by the launcher"))
+    assert "ended by the launcher" in read_json(tmp_path / "summary.json")["reason"]

@@ -77,7 +77,7 @@ def test_an_unknown_task_lists_the_known_ones() -> None:
 
 
 def test_cifar10_says_what_it_looked_for_where_and_what_to_do(tmp_path: Path) -> None:
-    with pytest.raises(vision.DataMissing, match="needs --data DIR.*cifar-10-batches-py.*Nothing is downloaded"):
+    with pytest.raises(vision.DataMissing, match=r"needs --data DIR.*cifar-10-batches-py.*Nothing is downloaded"):
         make_task("cifar10")
     with pytest.raises(vision.DataMissing) as missing:
         make_task("cifar10", data=tmp_path)

@@ -141,6 +141,16 @@ def test_any_other_error_is_in_the_summary_too(tmp_path: Path) -> None:
     assert len(read_events(tmp_path / "events.jsonl")) == 2
 
 
+def test_bad_options_end_before_a_process_group_is_started(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr(torch.distributed, "init_process_group", lambda *_, **__: pytest.fail("a group was started"))
+    for wrong in (("--batch-size", "7"), ("--inject", "nan:step=1,rank=5"), ("--parallel", "single")):
+        with pytest.raises(SystemExit):
+            training.main([*SMALL, *wrong, "--out", str(tmp_path / "run")])
+    assert training.main([*SMALL, "--task", "cifar10", "--out", str(tmp_path / "run")]) == 2
+    assert not (tmp_path / "run").exists()
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [

@@ -55,12 +55,14 @@ class Everything(nn.Module):
         self.last = nn.Linear(8, 1)
         self.forwards = 0
         self.inputs: list[Tensor] = []
+        self.modes: list[tuple[bool, bool]] = []
         self.raise_inside = False
         self.frozen.training = False
 
     def forward(self, x: Tensor) -> Tensor:
         self.forwards += 1
         self.inputs.append(x)
+        self.modes.append((self.training, torch.is_grad_enabled()))
         x = self.drop(self.frozen(self.norm(self.first(x))))
         if self.raise_inside:
             raise RuntimeError("inside")
@@ -72,7 +74,7 @@ def model() -> Everything:
     torch.manual_seed(1)
     model = Everything()
     model(torch.randn(16, 4)).mean().backward()
-    model.forwards, model.inputs = 0, []
+    model.forwards, model.inputs, model.modes = 0, [], []
     return model
 
 
@@ -237,18 +239,22 @@ def test_the_value_is_the_mean_in_eval_mode_as_a_0d_float64_tensor(model: Everyt
     assert torch.equal(value, torch.as_tensor(expected))
 
 
-def test_weights_that_autocast_had_cast_before_the_step_are_not_measured() -> None:
+def test_casts_of_weights_that_autocast_keeps_do_not_outlive_a_step_or_a_rollback() -> None:
     torch.manual_seed(0)
     model = nn.Linear(4, 1)
-    probe = LossProbe(lambda model, batch: model(batch).float().mean(), [torch.ones(2, 4)])
+    x = torch.ones(2, 4)
+    probe = LossProbe(lambda model, batch: model(batch).float().mean(), [x])
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        stale = model(torch.ones(2, 4)).float().mean()  # leaves casts of the weights in the cache
+        before = model(x).float().mean()  # leaves casts of the weights in the cache
         with torch.no_grad():
-            model.bias += 100
+            model.bias += 100  # the step
         measured = probe.measure(model).value
-        assert measured is not None and measured > 90 > stale
-        # What the probe cast has no autograd: found in the cache, it would cut the next training forward off.
-        model(torch.ones(2, 4)).float().mean().backward()
+        assert measured is not None and measured > 90 > before
+        with torch.no_grad():
+            model.bias -= 100  # the rollback
+        after = model(x).float().mean()
+        assert after < 90
+        after.backward()
     assert model.weight.grad is not None
     assert torch.is_autocast_enabled("cpu") is False
 
@@ -526,6 +532,7 @@ def test_the_forwards_still_owed_are_run_on_recorded_inputs(
     script.act = fail
     inputs, reading = ran(sharded, probe)
     assert inputs == WHOLE, "every forward that peers make, once, in their order"
+    assert set(sharded.modes) == {(False, False)}, "eval mode, no autograd"
     assert str(reading.error) == "on purpose" and not reading.inside_forward and not reading.owed
     assert trace(sharded) == before
     script.act = Script().act
@@ -562,7 +569,10 @@ def test_a_raise_inside_a_forward_comes_back_at_once(sharded: Everything, number
 
 
 def test_a_raise_in_a_hook_of_the_model_is_inside_too(sharded: Everything, numbered: list[tuple[int, Tensor]]) -> None:
+    calls = []
+
     def hook(*_: Any) -> None:
+        calls.append(1)
         raise RuntimeError("hook")
 
     probe = LossProbe(Script(), numbered)
@@ -571,7 +581,9 @@ def test_a_raise_in_a_hook_of_the_model_is_inside_too(sharded: Everything, numbe
         handle = register(hook)
         reading = ran(sharded, probe)[1]
         assert reading.inside_forward and str(reading.error) == "hook"
+        assert len(calls) == 1, "no other forward is tried"
         handle.remove()
+        calls.clear()
 
 
 def test_a_replay_that_fails_is_a_failure_inside(sharded: Everything, numbered: list[tuple[int, Tensor]]) -> None:

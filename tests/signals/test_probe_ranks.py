@@ -146,6 +146,40 @@ def test_a_rank_that_fails_between_forwards_does_not_leave_its_peer_alone(two: h
     ]
 
 
+def shards_written_in_place(rank: int, world: int, kind: str) -> None:
+    model = build(kind)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    probe = LossProbe(Loss(), batches())
+    x = torch.ones(2, 8)
+
+    @torch.no_grad()
+    def write() -> None:
+        for parameter in optimizer.param_groups[0]["params"]:
+            parallel.local(parameter).add_(0.25)
+
+    @torch.no_grad()
+    def forward() -> Tensor:
+        return model.eval()(x)
+
+    forward()  # leaves the root gathered
+    write()  # a step
+    measured = number(probe.measure(model))
+    assert kind == "fsdp1" or all(isinstance(parameter, DTensor) for parameter in model.parameters())
+    write()  # a restore
+    after = forward()
+    parallel.reshard(model)
+    assert torch.equal(after, forward()), "the forward after a measurement reads the shards"
+    for parameter in optimizer.param_groups[0]["params"]:
+        parallel.local(parameter).detach().sub_(0.25)
+    parallel.reshard(model)
+    assert measured == pytest.approx(number(probe.measure(model)), rel=1e-5), "the measurement reads the shards"
+
+
+@pytest.mark.parametrize("kind", ["fsdp2", "fsdp1"])
+def test_no_gathered_copy_of_the_weights_outlives_a_step_or_a_restore(two: harness.Pool, kind: str) -> None:
+    two.run(shards_written_in_place, kind)
+
+
 def first_measurement_fails(rank: int, world: int) -> bool:
     model = build("fsdp2")
     loss = Loss()

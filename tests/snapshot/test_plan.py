@@ -1,0 +1,295 @@
+"""The plan finds everything that is state, knows when it no longer does, and is the same number on every rank."""
+
+from __future__ import annotations
+
+from collections import namedtuple
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from dist_stability import SnapshotError, StabilityError
+from dist_stability.snapshot import StatePlan, digest
+
+Pair = namedtuple("Pair", "first second")
+
+
+def trained(optimizer: str = "adam") -> tuple[nn.Module, torch.optim.Optimizer]:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2))
+    made: torch.optim.Optimizer
+    if optimizer == "adam":
+        made = torch.optim.Adam(model.parameters(), lr=0.1)
+    elif optimizer == "sgd":
+        made = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    else:
+        made = torch.optim.LBFGS(model.parameters(), lr=0.1, max_iter=3)
+    step(model, made)
+    return model, made
+
+
+def step(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    def closure() -> torch.Tensor:
+        optimizer.zero_grad()
+        loss = model(torch.arange(6.0).reshape(2, 3)).square().sum()
+        loss.backward()
+        return loss
+
+    optimizer.step(closure)
+
+
+def plan_of(model: nn.Module, *optimizers: torch.optim.Optimizer, world: int = 1) -> StatePlan:
+    return StatePlan.build(model, optimizers, world)
+
+
+def test_entries_of_adam() -> None:
+    model, optimizer = trained()
+    plan = plan_of(model, optimizer)
+    names = [f"{layer}.{kind}" for layer in (0, 1) for kind in ("weight", "bias")]
+    assert [entry.name for entry in plan.entries] == [
+        place for name in names for place in (name, f"step of {name}", f"exp_avg of {name}", f"exp_avg_sq of {name}")
+    ]
+    assert [entry.shape for entry in plan.entries[:4]] == [(4, 3), (), (4, 3), (4, 3)]
+    assert all(entry.residence.ranks == (0,) for entry in plan.entries)
+    assert plan.nbytes == sum(tensor.numel() * 4 for tensor in plan.tensors()) == 4 * (3 * (12 + 4 + 8 + 2) + 4)
+    assert [name for name, _, _ in plan.parameters] == names
+    assert plan.residences == ((0,),)
+    assert plan.values == {}
+
+
+def test_tensors_are_the_live_ones_of_this_moment() -> None:
+    model, optimizer = trained()
+    plan = plan_of(model, optimizer)
+    plan.tensors()[0].fill_(3)
+    assert model[0].weight.tolist() == [[3] * 3] * 4
+    # Another storage for the parameter, another object for the state: found all the same.
+    model[0].weight.data = torch.full((4, 3), 5.0)
+    optimizer.state[model[0].weight]["exp_avg"] = torch.full((4, 3), 6.0)
+    assert plan.is_current()
+    assert plan.tensors()[0][0, 0] == 5 and plan.tensors()[2][0, 0] == 6
+
+
+@pytest.mark.parametrize("optimizer", ["adam", "sgd", "lbfgs"])
+def test_state_that_appears_or_vanishes(optimizer: str) -> None:
+    model, made = trained(optimizer)
+    before = plan_of(model, made)
+    assert before.is_current()
+    made.state.clear()
+    assert not before.is_current()
+    empty = plan_of(model, made)
+    assert [entry.name for entry in empty.entries] == ["0.weight", "0.bias", "1.weight", "1.bias"]
+    _ = made.state[model[0].weight]  # looking into a defaultdict leaves an empty dict behind
+    assert empty.is_current()
+    step(model, made)
+    assert not empty.is_current()
+    with pytest.raises(SnapshotError, match="rank 0.*new plan"):
+        empty.tensors()
+    assert empty.signature == before.signature == plan_of(model, made).signature
+
+
+def test_every_change_of_form_is_seen() -> None:
+    model, optimizer = trained()
+    state = optimizer.state[model[0].weight]
+    plan = plan_of(model, optimizer)
+
+    def changed(key: str, value: Any) -> bool:
+        kept = dict(state)
+        state[key] = value
+        try:
+            return not plan.is_current()
+        finally:
+            state.clear()
+            state.update(kept)
+
+    assert changed("exp_avg", torch.zeros(4, 3, dtype=torch.bfloat16))
+    assert changed("exp_avg", torch.zeros(3, 4))
+    assert changed("exp_avg", None)
+    assert changed("new", torch.zeros(1))
+    assert changed("new", 1)
+    assert changed("step", 1.0)
+    assert changed("exp_avg", [torch.zeros(4, 3)])
+    assert not changed("exp_avg", torch.ones(4, 3))
+    del state["exp_avg"]
+    assert not plan.is_current()
+
+
+def test_every_change_of_parameters_is_seen() -> None:
+    model, optimizer = trained()
+    plan = plan_of(model, optimizer)
+    optimizer.add_param_group({"params": [nn.Parameter(torch.ones(1))]})
+    assert not plan.is_current()
+    optimizer.param_groups.pop()
+    assert plan.is_current()
+    optimizer.param_groups[0]["params"].reverse()
+    assert not plan.is_current()
+
+
+def test_values_and_containers() -> None:
+    model, optimizer = trained()
+    state = optimizer.state[model[0].weight]
+    state["note"] = {"count": 3, "pair": Pair(torch.ones(2), "text"), "list": [None, torch.zeros(1), 2.5]}
+    optimizer.state["ema"] = {"decay": 0.5, "shadow": torch.ones(3)}  # type: ignore[index]
+    optimizer.state["total"] = 7  # type: ignore[index,assignment]
+    plan = plan_of(model, optimizer)
+    assert plan.values == {
+        "note.count of 0.weight": 3,
+        "note.pair.1 of 0.weight": "text",
+        "note.list.0 of 0.weight": None,
+        "note.list.2 of 0.weight": 2.5,
+        "decay of state 'ema' of optimizer 0": 0.5,
+        "state 'total' of optimizer 0": 7,
+    }
+    names = [entry.name for entry in plan.entries]
+    assert {"note.pair.0 of 0.weight", "note.list.1 of 0.weight", "shadow of state 'ema' of optimizer 0"} < set(names)
+    assert len(names) == 4 * 4 + 3
+    state["note"]["count"] = 4
+    assert plan.is_current(), "another value is not another form"
+    state["note"]["list"].append(1)
+    assert not plan.is_current()
+
+
+def test_lbfgs_has_nested_state() -> None:
+    model, optimizer = trained("lbfgs")
+    plan = plan_of(model, optimizer)
+    assert any(entry.name.startswith("old_dirs.0 of") for entry in plan.entries)
+    assert plan.values["func_evals of 0.weight"] > 0
+
+
+def test_shared_memory_is_one_entry() -> None:
+    model, optimizer = trained("sgd")
+    shared = torch.zeros(3)
+    for parameter in model.parameters():
+        optimizer.state[parameter]["shared"] = shared
+    tied = nn.Parameter(model[0].bias.data)
+    optimizer.add_param_group({"params": [tied]})
+    plan = plan_of(model, optimizer)
+    names = [entry.name for entry in plan.entries]
+    assert sum("shared" in name for name in names) == 1
+    assert len(names) == 4 + 4 + 1
+    assert len(plan.parameters) == 5, "both parameters have gradients of their own"
+    # Once they part, one entry is no longer enough.
+    optimizer.state[model[1].bias]["shared"] = torch.zeros(3)
+    assert not plan.is_current()
+
+
+def test_tied_weights_are_one_parameter() -> None:
+    model = nn.ModuleDict({"embed": nn.Embedding(4, 2), "head": nn.Linear(2, 4, bias=False)})
+    model["head"].weight = model["embed"].weight
+    plan = plan_of(model, torch.optim.SGD(model.parameters(), lr=0.1))
+    assert [entry.name for entry in plan.entries] == ["embed.weight"]
+
+
+def test_frozen_parameters_are_not_state() -> None:
+    model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2)).requires_grad_(False)
+    model[1].requires_grad_(True)
+    plan = plan_of(model, torch.optim.SGD(model[1].parameters(), lr=0.1))
+    assert [entry.name for entry in plan.entries] == ["1.weight", "1.bias"]
+
+
+def test_names_come_without_wrappers() -> None:
+    model = torch.compile(nn.Sequential(nn.Linear(2, 2)))
+    plan = plan_of(model, torch.optim.SGD(model.parameters(), lr=0.1))
+    assert [entry.name for entry in plan.entries] == ["0.weight", "0.bias"]
+
+
+def test_a_foreign_parameter_beside_known_ones() -> None:
+    model = nn.Linear(2, 2)
+    optimizer = torch.optim.SGD([*model.parameters(), nn.Parameter(torch.ones(1))], lr=0.1)
+    assert plan_of(model, optimizer).entries[2].name == "optimizer 0 group 0 parameter 2"
+
+
+def test_an_optimizer_of_another_model() -> None:
+    optimizer = torch.optim.SGD(nn.Linear(2, 2).parameters(), lr=0.1)
+    with pytest.raises(StabilityError, match=r"optimizer 1 \(SGD\).*make the optimizer after wrapping"):
+        plan_of(model := nn.Linear(2, 2), torch.optim.SGD(model.parameters(), lr=0.1), optimizer)
+
+
+def test_two_optimizers_with_one_parameter() -> None:
+    model = nn.Linear(2, 2)
+    first, second = (torch.optim.SGD(model.parameters(), lr=0.1) for _ in range(2))
+    with pytest.raises(StabilityError, match="optimizers 0 and 1 both have the parameter weight"):
+        plan_of(model, first, second)
+
+
+def test_two_optimizers() -> None:
+    model, _ = trained()
+    one, two = torch.optim.SGD(model[0].parameters(), lr=0.1), torch.optim.Adam(model[1].parameters())
+    plan = plan_of(model, one, two)
+    assert [entry.name for entry in plan.entries] == ["0.weight", "0.bias", "1.weight", "1.bias"]
+    swapped = plan_of(model, two, one)
+    assert plan.signature != swapped.signature
+
+
+def test_signature_knows_names_shapes_and_dtypes() -> None:
+    def signature(model: nn.Module) -> int:
+        return plan_of(model, torch.optim.SGD(model.parameters(), lr=0.1)).signature
+
+    base = signature(nn.Linear(2, 3))
+    assert 0 <= base < 2**64
+    assert base == signature(nn.Linear(2, 3)) == signature(torch.compile(nn.Linear(2, 3)))
+    different = [nn.Linear(3, 2), nn.Linear(2, 3, bias=False), nn.Linear(2, 3).double(), nn.Sequential(nn.Linear(2, 3))]
+    assert len({base, *map(signature, different)}) == 5
+
+
+def test_digests() -> None:
+    model, optimizer = trained()
+    plan = plan_of(model, optimizer)
+    tensors = plan.tensors()
+    digests = plan.digests(tensors)
+    assert list(digests) == [(0,)] and int(digests[(0,)]) == int(digest(tensors))
+    assert digests.entries.shape == (len(plan.entries),)
+    with torch.no_grad():
+        model[1].bias[1] += 1
+    after = plan.digests(plan.tensors())
+    assert after[(0,)] != digests[(0,)]
+    changed = (after.entries != digests.entries).nonzero().flatten().tolist()
+    assert [plan.entries[index].name for index in changed] == ["1.bias"]
+
+
+def wrapped_late(rank: int, world: int, mode: str) -> None:
+    from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+
+    model: nn.Module = nn.Linear(4, 4)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    if mode == "fsdp2":
+        fully_shard(model)
+    else:
+        model = FullyShardedDataParallel(model, device_id=torch.device("cpu"), use_orig_params=mode == "fsdp1")
+    if mode == "fsdp1":  # keeps the parameter objects, so this is fine
+        assert plan_of(model, optimizer, world=world).entries
+        return
+    with pytest.raises(StabilityError, match="make the optimizer after wrapping"):
+        plan_of(model, optimizer, world=world)
+
+
+@pytest.mark.parametrize("mode", ["fsdp1", "fsdp1-flat", "fsdp2"])
+def test_wrapped_after_the_optimizer_was_made(two: Any, mode: str) -> None:
+    two.run(wrapped_late, mode)
+
+
+def signatures(rank: int, world: int) -> list[int]:
+    """Shards of any size, down to none, and an optimizer that has state on one rank only."""
+    from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+
+    found = []
+    for wrap in (
+        lambda net: FullyShardedDataParallel(net, device_id=torch.device("cpu"), use_orig_params=True),
+        lambda net: FullyShardedDataParallel(net, device_id=torch.device("cpu")),
+        fully_shard,
+    ):
+        torch.manual_seed(0)
+        model = wrap(nn.Sequential(nn.Linear(3, 5), nn.Linear(5, 1)))
+        optimizer = torch.optim.Adam(model.parameters())
+        found.append(plan_of(model, optimizer, world=world).signature)
+        step(model, optimizer)
+        plan = plan_of(model, optimizer, world=world)
+        found.append(plan.signature)
+        assert found[-1] == found[-2]
+        assert "0.weight" in plan.entries[0].name or "_flat_param" in plan.entries[0].name
+    return found
+
+
+def test_signature_is_the_same_on_all_ranks(two: Any) -> None:
+    first, second = two.run(signatures)
+    assert first == second and len(set(first)) == 3 - (first[0] == first[4])
