@@ -21,6 +21,7 @@ import contextlib
 import hashlib
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from types import TracebackType
 from typing import Any
 
@@ -130,6 +131,7 @@ class StabilityController:
         self._open: Attempt | None = None
         self._verdict: Verdict | None = None
         self._hooks: OptimizerHooks | None = None
+        self._withheld: list[tuple[torch.Tensor, torch.Tensor | None]] = []
         self._closed = False
 
         # From here on other ranks are involved.
@@ -384,7 +386,7 @@ class StabilityController:
         self._veto.stepped()
         if attempt.overflow:
             decision = Decision(Action.SCALER_SKIP, "scaler", "the scaled gradients overflowed")
-        elif attempt.vetoed and (attempt.pre_vote is not None or not attempt.judged):
+        elif attempt.vetoed and not (attempt.judged and (self._pending or attempt.pre_vote is None)):
             decision = self._veto.explain(attempt)
         else:
             self._phases.enter("after step")
@@ -407,10 +409,10 @@ class StabilityController:
             if self._checks_replicas(attempt.index):
                 attempt.digests = plan.digests(plan.tensors())
             reading = self._measure(attempt.index)
-        error = attempt.error or attempt.step_error or reading.error
+        first = attempt.pre_vote is None
+        error = (attempt.error if first else None) or attempt.step_error or reading.error
         with attempt.timed("vote"):
             self._phases.enter("vote")
-            first = attempt.pre_vote is None
             ballot = Ballot(
                 no=error is not None,
                 veto=attempt.flag if first else False,
@@ -422,7 +424,8 @@ class StabilityController:
                 checksums=attempt.digests or {},
             )
             vector = self._vote.reduce(self._vote.pack(ballot), attempt.index)
-            device_veto = attempt.vetoed is None and self._veto.read(attempt) is not None and bool(attempt.flag)
+            if attempt.vetoed is None and self._veto.read(attempt) is not None:
+                attempt.vetoed = bool(attempt.flag)
             tally = self._vote.read(vector, ballot, attempt.index)
         if "gradient norm" in tally.agreed:
             attempt.norm = from_bits(tally.agreed["gradient norm"])
@@ -431,11 +434,19 @@ class StabilityController:
         if tally.replan and not replan:
             attempt.plan = StatePlan.build(self.model, self._optimizers, self._vote.world)
             attempt.digests = None
-        if device_veto or (tally.veto and not tally.no):
-            return self._veto.explain(attempt)
-        return self._decide(attempt, tally, error)
+        attempt.vetoed = bool(attempt.vetoed) or (tally.veto > 0 and tally.no == 0)
+        if not attempt.vetoed:
+            return self._decide(attempt, tally, error, attempt.norm)
+        if self._pending:
+            # Nothing was proposed now; what was measured is what unjudged attempts left. Refused, they are taken back,
+            # or a fault in them could make the guards veto everything for ever.
+            left = self._decide(attempt, tally, error, None)
+            if left.action.refused:
+                return left
+        veto = self._veto.explain(attempt)
+        return replace(veto, measurement=tally.measurement) if self.mode == "observe" else veto
 
-    def _decide(self, attempt: Attempt, tally: Tally, error: BaseException | None) -> Decision:
+    def _decide(self, attempt: Attempt, tally: Tally, error: BaseException | None, norm: float | None) -> Decision:
         if tally.no:
             said = self._vote.gather(one_line(error), attempt.index)
             failed = {rank: text for rank, text in said.items() if text is not None}
@@ -449,7 +460,7 @@ class StabilityController:
             ranks = self._vote.name_split(tally, attempt.digests or {}, attempt.index)
             reason = f"replicas of the same state differ in their bits: ranks {ranks}"
             return Decision(Action.ROLLBACK, "replica", reason, ranks[0], None, tally.measurement)
-        judgement = self.rule.judge(tally.measurement, attempt.norm)
+        judgement = self.rule.judge(tally.measurement, norm)
         if judgement.accepted:
             action = Action.COMMIT
         else:
@@ -471,11 +482,12 @@ class StabilityController:
             self._accept(attempt)
             self._pending.append(attempt.index)
         elif action is Action.VETO:
-            for guard in self._veto.guards:
-                guard.reject(attempt.norm)
             self._recovery.undo_forward(attempt.scaler)
         elif action.refused:
             action, undone = self._roll_back(attempt, decision)
+        if attempt.vetoed and action.refused:
+            for guard in self._veto.guards:
+                guard.reject(attempt.norm)
         if attempt.scaler is not None and not action.refused:
             attempt.scaler.update()
         verdict = Verdict(
@@ -529,7 +541,7 @@ class StabilityController:
     def _roll_back(self, attempt: Attempt, decision: Decision) -> tuple[Action, tuple[int, ...]]:
         """Restore, and settle what was taken back: (what was done, earlier attempts undone by it)."""
         if decision.judgement is not None and decision.measurement is not None:
-            self.rule.reject(decision.measurement, attempt.norm)
+            self.rule.reject(decision.measurement, None if attempt.vetoed else attempt.norm)
         with attempt.timed("restore"):
             return self._restore(attempt, deep=decision.action is Action.DEEP_ROLLBACK)
 
@@ -595,11 +607,14 @@ class StabilityController:
         if attempt.vetoed:
             # The loop's optimizers step anyway; without gradients that is an exact no-op.
             for optimizer in self._optimizers:
-                for group in optimizer.param_groups:
-                    for parameter in group["params"]:
-                        parameter.grad = None
+                for parameter in (p for group in optimizer.param_groups for p in group["params"]):
+                    self._withheld.append((parameter, parameter.grad))
+                    parameter.grad = None
 
     def _hooked_close(self) -> bool:
+        for parameter, gradient in self._withheld:
+            parameter.grad = gradient
+        self._withheld = []
         with self._noted():
             return self._close_attempt().accepted
 

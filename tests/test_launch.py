@@ -8,8 +8,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
-
 from dist_stability.experiments.arms import Arm, is_done, run_arm
 from dist_stability.experiments.digests import differences
 from dist_stability.report.events import read_events, read_json
@@ -39,19 +37,26 @@ def unequal(first: Path, second: Path) -> list[str]:
     return said
 
 
-@pytest.mark.parametrize("parallel", ["ddp", "fsdp2"])
-def test_a_guarded_run_equals_its_twin_on_every_rank(tmp_path: Path, parallel: str) -> None:
-    guarded = launch(tmp_path / "guarded", "--parallel", parallel, "--inject", "nan:step=4,rank=1")
-    assert guarded.returncode == 0, guarded.stderr
-    assert "batch 4: veto" in guarded.stdout
-    summary = read_json(tmp_path / "guarded" / "summary.json")
+def guarded(out: Path, parallel: str) -> None:
+    choice = () if parallel == "ddp" else ("--parallel", parallel)
+    ended = launch(out, *choice, "--inject", "nan:step=4,rank=1")
+    assert ended.returncode == 0, ended.stderr
+    assert "batch 4: veto" in ended.stdout
+    summary = read_json(out / "summary.json")
     assert (summary["refused"], summary["world_size"], summary["parallel"]) == ([4], 2, parallel)
-    assert len(read_events(tmp_path / "guarded" / "events.jsonl")) == 8  # rank 0 alone writes
-    # The twin goes the way the demo goes, through the module of the installed package.
-    arguments = (*SMALL, "--parallel", parallel, "--rule", "off", "--skip-batches", "4")
-    assert run_arm(Arm("twin", "twin", arguments, 2), tmp_path / "twin")
-    assert is_done(Arm("twin", "twin", arguments, 2), tmp_path / "twin")
+    assert len(read_events(out / "events.jsonl")) == 8  # rank 0 alone writes
+
+
+def test_fsdp2_and_its_twin_which_goes_the_way_the_demo_goes(tmp_path: Path) -> None:
+    guarded(tmp_path / "guarded", "fsdp2")
+    arm = Arm("twin", "twin", (*SMALL, "--parallel", "fsdp2", "--rule", "off", "--skip-batches", "4"), 2)
+    assert run_arm(arm, tmp_path / "twin")
+    assert is_done(arm, tmp_path / "twin")  # a second time there is nothing to do
     assert unequal(tmp_path / "guarded", tmp_path / "twin") == []
+
+
+def test_ddp_is_the_default_of_several_processes(tmp_path: Path) -> None:
+    guarded(tmp_path, "ddp")
 
 
 def test_a_lockstep_error_ends_every_rank_with_a_reason(tmp_path: Path) -> None:

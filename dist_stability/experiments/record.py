@@ -74,8 +74,10 @@ class RunRecorder:
             self._undone += [self._batch_of[attempt] for attempt in undone]
             while self._committed and self._committed[-1][0] in undone:
                 self._committed.pop()
-        elif event["measurement"] is not None:
-            self._committed.append((event["attempt"], event["measurement"]))
+        elif event["action"] == "commit":
+            # Observed, a proposal that would be vetoed is accepted and not measured.
+            measured = event["measurement"]
+            self._committed.append((event["attempt"], math.nan if measured is None else measured))
         self.probe = self._committed[-1][1] if self._committed else math.nan
         self._batches.append(self._batch)
         self._series.append(self.probe)

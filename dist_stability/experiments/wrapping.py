@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -75,7 +74,7 @@ def wrap(
             model,
             auto_wrap_policy=ModuleWrapPolicy({type(block) for block in blocks}),
             mixed_precision=MixedPrecision(param_dtype=dtype, reduce_dtype=torch.float32) if mixed else None,
-            device_id=here.device if here.device.type == "cuda" else None,
+            device_id=here.device,  # without it FSDP1 insists on an accelerator
             use_orig_params=True,
         )
     if parallel in ("fsdp2", "hsdp"):
@@ -87,14 +86,14 @@ def wrap(
             if parallel == "hsdp"
             else init_device_mesh(here.device.type, (here.world_size,), mesh_dim_names=("shard",))
         )
-        policy: dict[str, Any] = {}
-        if mixed:
-            policy["mp_policy"] = MixedPrecisionPolicy(
-                param_dtype=dtype, reduce_dtype=torch.float32, output_dtype=torch.float32
-            )
+        policy = MixedPrecisionPolicy(dtype, torch.float32) if mixed else MixedPrecisionPolicy()
+        # BatchNorm keeps its statistics in float32 and computes in it, as FSDP1 and autocast arrange by themselves.
+        precise = MixedPrecisionPolicy(torch.float32, torch.float32, output_dtype=dtype)
+        for module in [module for module in model.modules() if mixed and isinstance(module, nn.BatchNorm2d)]:
+            fully_shard(module, mesh=mesh, mp_policy=precise)
         for block in blocks:
-            fully_shard(block, mesh=mesh, **policy)
-        fully_shard(model, mesh=mesh, **policy)
+            fully_shard(block, mesh=mesh, mp_policy=policy)
+        fully_shard(model, mesh=mesh, mp_policy=policy)
     return model
 
 

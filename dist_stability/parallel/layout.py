@@ -52,6 +52,7 @@ class Layout:
             id(parameter): (self._own if ranks is None else Residence(tuple(sorted(ranks))), shape)
             for parameter, ranks, shape in _fsdp1.parameters(model)
         }
+        self._on_mesh: dict[tuple[Any, ...], Residence] = {}
         self._sharding = bool(_fsdp1.units(model) or _fsdp2.units(model))
         self._ignored = {
             id(parameter)
@@ -62,7 +63,7 @@ class Layout:
         }
 
     def residence(self, parameter: torch.Tensor) -> Residence:
-        """Where the local elements of a parameter (or of a DTensor that is optimizer state) lie.
+        """Where the local elements of a parameter lie.
 
         A parameter that a wrapper was told to ignore is taken as this rank's own: nothing keeps its copies equal.
 
@@ -72,7 +73,10 @@ class Layout:
         if self._world == 1:
             return self._own
         if is_dtensor(parameter):
-            return self._of_dtensor(parameter)
+            key = (parameter.device_mesh, tuple(parameter.placements))  # type: ignore[attr-defined]
+            if key not in self._on_mesh:
+                self._on_mesh[key] = self._of_dtensor(parameter)
+            return self._on_mesh[key]
         if id(parameter) in self._flat:
             return self._flat[id(parameter)][0]
         if self._sharding or id(parameter) in self._ignored:

@@ -118,6 +118,10 @@ def describe(runs: Sequence[RunRecord]) -> Words:
     for run in runs:
         refused = [run.batch(event) for event in run.refusals]
         outcome = f"refused {_count(refused)}" if run.guarded else "was not guarded"
+        if run.would_refuse:
+            outcome = (
+                f"would have refused {_count([run.batch(event) for event in run.would_refuse])}, but only observed,"
+            )
         final = final_probe(run)
         end = f"ended at a probe loss of {final:.4f}" if final is not None else "was never measured"
         if run in stopped:
@@ -199,13 +203,15 @@ def _guard_figures(run: RunRecord, words: Words) -> list[str]:
 
 
 def _refusals(run: RunRecord) -> str:
-    if not run.refusals:
-        return html.paragraph(f"{run.name}: none in {len(run.events)} attempts.")
+    events = run.would_refuse or run.refusals
+    verb = "would have refused" if run.would_refuse else "refused"
+    if not events:
+        return html.paragraph(f"{run.name} refused nothing in {len(run.events)} attempts.")
     head = ("batch", "action", "signal", "rank", "probe", "innovation", "bound", "gradient norm", "undone", "reason")
     rows = [
         (
             run.batch(event),
-            event["action"],
+            event.get("would") or event["action"],
             event["signal"],
             event["rank"],
             event["measurement"],
@@ -215,15 +221,12 @@ def _refusals(run: RunRecord) -> str:
             event["undone"] or None,
             event["reason"],
         )
-        for event in run.refusals[:SHOWN_EVENTS]
+        for event in events[:SHOWN_EVENTS]
     ]
-    more = len(run.refusals) - len(rows)
+    more = len(events) - len(rows)
     note = html.paragraph(f"... and {more} more, in events.jsonl.") if more else ""
-    return (
-        html.paragraph(f"{run.name}: {len(run.refusals)} in {len(run.events)} attempts.")
-        + html.table(head, rows)
-        + note
-    )
+    said = html.paragraph(f"{run.name} {verb} {len(events)} of {len(run.events)} attempts.")
+    return said + html.table(head, rows) + note
 
 
 def _ledger(runs: Sequence[RunRecord]) -> str:

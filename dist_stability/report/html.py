@@ -26,7 +26,7 @@ table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nu
 th, td { text-align: left; padding: 6px 14px 6px 0; border-bottom: 1px solid var(--line); vertical-align: top; }
 th { color: var(--faint); font-weight: 600; font-size: 13px; white-space: nowrap; }
 td.number, th.number { text-align: right; white-space: nowrap; }
-pre { background: var(--panel); padding: 12px 14px; overflow-x: auto; border-radius: 6px; font-size: 13px; }
+pre { background: var(--panel); padding: 12px 14px; white-space: pre-wrap; border-radius: 6px; font-size: 13px; }
 details { margin: 10px 0; }
 summary { cursor: pointer; font-weight: 600; }
 """

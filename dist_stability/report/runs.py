@@ -41,13 +41,18 @@ class RunRecord:
 
     @property
     def guarded(self) -> bool:
-        """Whether a rule judged the run."""
-        return any(event["innovation"] is not None for event in self.events)
+        """Whether a rule judged the run, or a guard spoke up in it."""
+        return any(event["innovation"] is not None or event["signal"] for event in self.events)
 
     @property
     def refusals(self) -> list[dict[str, Any]]:
         """Events of vetoes and rollbacks."""
         return [event for event in self.events if event["action"] in REFUSALS]
+
+    @property
+    def would_refuse(self) -> list[dict[str, Any]]:
+        """Events of proposals that were accepted because the run only observed."""
+        return [event for event in self.events if event.get("would") in REFUSALS]
 
     def batch(self, event: dict[str, Any]) -> int:
         """The batch an event is about; logs of other programs know the attempt only."""

@@ -1,7 +1,7 @@
 """What training state is: every tensor and value that an optimizer step may change, planned once.
 
 Lifecycle. ``StatePlan.build`` walks the optimizers' parameters and states. Afterwards the plan holds no tensor of the
-state and no address: ``walk`` (and ``tensors``) resolve everything through the optimizers each time. When state appears
+state and no address: ``image`` (and ``tensors``) look everything up in the optimizers each time. When state appears
 or vanishes (Adam's moments at its first step), ``is_current`` is False and all ranks together make a new plan.
 
 Entry contract: parameters are in their sharded state (``parallel.reshard``) whenever a plan is built or used.
@@ -14,7 +14,7 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import nn
@@ -23,10 +23,10 @@ from torch.optim import Optimizer
 from .. import parallel
 from ..errors import SnapshotError, StabilityError
 from .digest import combine, entry_digests, select
-from .tree import Ref, Walk
+from .tree import Held, Ref, Walk, mark, walk_optimizers
 
 # What wrappers put into the names of the modules they wrap.
-_WRAPPERS = re.compile(r"\b(_fsdp_wrapped_module|_orig_mod|_checkpoint_wrapped_module)\.|^module\.")
+_WRAPPERS = re.compile(r"^((_orig_mod|module)\.)+|\b(_fsdp_wrapped_module|_orig_mod|_checkpoint_wrapped_module)\.")
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -62,22 +62,6 @@ class Digests(dict[tuple[int, ...], torch.Tensor]):
         """Keep both."""
         super().__init__(classes)
         self.entries = entries
-
-
-class Held(NamedTuple):
-    """What belongs to one key of ``optimizer.state``.
-
-    Attributes:
-        key: The parameter, or a key that is none.
-        parameter: The place of the parameter itself; None if the key is none.
-        state: A copy of its state, with places for tensors (see :class:`~.tree.Walk`).
-        empty: There is no state: an empty dict is what looking into ``optimizer.state`` leaves behind.
-    """
-
-    key: Any
-    parameter: Ref | None
-    state: Any
-    empty: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,7 +102,7 @@ class StatePlan:
         self.parameters = tuple(parameters)
         self.signature = signature
         self._names = {id(handle): name for name, handle, _ in self.parameters}
-        walk, _ = _walk(self.optimizers)
+        walk, _ = walk_optimizers(self.optimizers)
         self._shape = walk.shape
         # Parts that are the same memory (tied weights, shared state) have one entry, that of the first of them.
         entry_of: dict[Any, int] = {}
@@ -188,7 +172,7 @@ class StatePlan:
 
         Costs one walk in Python: no device work, no collective.
         """
-        walk, _ = _walk(self.optimizers)
+        walk, _ = walk_optimizers(self.optimizers)
         return self._fits(walk)
 
     def image(self) -> Image:
@@ -197,7 +181,7 @@ class StatePlan:
         Raises:
             SnapshotError: The plan is no longer current.
         """
-        walk, held = _walk(self.optimizers)
+        walk, held = walk_optimizers(self.optimizers)
         if not self._fits(walk):
             raise SnapshotError(
                 f"rank {parallel.this_rank()}: optimizer state appeared, vanished or changed its shape since the plan "
@@ -217,8 +201,8 @@ class StatePlan:
     def values(self) -> dict[str, Any]:
         """The optimizer state that is no tensor (step counters, None, strings), by name: copies."""
         return {
-            self.name((number, _mark(held.key), *path)): value
-            for number, of_optimizer in enumerate(_walk(self.optimizers)[1])
+            self.name((number, mark(held.key), *path)): value
+            for number, of_optimizer in enumerate(walk_optimizers(self.optimizers)[1])
             for held in of_optimizer
             if not held.empty
             for path, value in _values(held.state, ())
@@ -271,34 +255,6 @@ class StatePlan:
         return walk.shape == self._shape and all(
             _memory(walk.parts[first]) == _memory(walk.parts[second]) for first, second in self._tied
         )
-
-
-def _walk(optimizers: Sequence[Optimizer]) -> tuple[Walk, tuple[tuple[Held, ...], ...]]:
-    """Every parameter, each followed by its state, then the state under other keys; one optimizer after the other."""
-    walk = Walk()
-    everything = []
-    for number, optimizer in enumerate(optimizers):
-        of_optimizer = []
-        members = set()
-        states = parallel.optimizer_state(optimizer)
-        for group in optimizer.param_groups:
-            for handle in group["params"]:
-                members.add(id(handle))
-                place = walk.take(handle, (number, id(handle)))
-                # Not states[handle]: it is a defaultdict, and looking would make an entry.
-                state = states.get(handle)
-                tree = walk.take(state, (number, id(handle))) if state else None
-                of_optimizer.append(Held(handle, place, tree, not state))
-        for key, state in states.items():
-            if id(key) not in members and not (isinstance(state, dict) and not state):
-                of_optimizer.append(Held(key, None, walk.take(state, (number, _mark(key))), False))
-        everything.append(tuple(of_optimizer))
-    return walk, tuple(everything)
-
-
-def _mark(key: Any) -> Any:
-    """What stands for a key of ``optimizer.state`` in a path: comparing tensors would compare their elements."""
-    return id(key) if isinstance(key, torch.Tensor) else key
 
 
 def _memory(tensor: torch.Tensor) -> tuple[Any, ...]:

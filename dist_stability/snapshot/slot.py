@@ -20,8 +20,8 @@ from torch.optim import Optimizer
 from .. import parallel
 from ..errors import SnapshotError
 from .host import EntryState, ForwardState
-from .plan import Digests, Held, StatePlan
-from .tree import Overlay
+from .plan import Digests, StatePlan
+from .tree import Held, Overlay
 
 ALIGNMENT = 64
 """Bytes: the copies of two tensors share no cache line, and any element type may be viewed at their beginning."""
@@ -61,6 +61,7 @@ class Slot:
         self.entry: EntryState | None = None
         self.rule_anchor: dict[str, Any] | None = None
         self._arena = _NO_MEMORY
+        self._pinned = False
         self._views: list[torch.Tensor] = []
         self._plan: StatePlan | None = None
         self._held: tuple[tuple[Held, ...], ...] = ()
@@ -191,7 +192,7 @@ class Slot:
             starts.append(end)
             end += -(-entry.nbytes // ALIGNMENT) * ALIGNMENT
         pinned = any(tensor.is_cuda for tensor in tensors)
-        if end > self._arena.numel() or pinned != self._arena.is_pinned():
+        if end > self._arena.numel() or pinned != self._pinned:
             self._views, self._arena = [], _NO_MEMORY  # before the new one, not beside it
             try:
                 self._arena = torch.empty(end, dtype=torch.uint8, pin_memory=pinned)
@@ -200,6 +201,7 @@ class Slot:
                     f"rank {parallel.this_rank()}: no {'pinned ' if pinned else ''}host memory for a snapshot of "
                     f"{end / 2**20:.0f} MiB ({error})"
                 ) from error
+            self._pinned = pinned
         self._views = [
             self._arena[start : start + entry.nbytes].view(entry.dtype).view(entry.shape)
             for start, entry in zip(starts, plan.entries, strict=True)

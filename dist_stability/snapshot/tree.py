@@ -8,17 +8,19 @@ live tree, changing as little as it can: tensors and containers that are still t
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+from torch.optim import Optimizer
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from .. import parallel
 from ..errors import SnapshotError
 
 _IMMUTABLE = (int, float, bool, complex, str, bytes, type(None), torch.dtype, torch.device)
+_PLAIN = (torch.Tensor, torch.nn.Parameter)
 _MISSING = object()
 
 
@@ -86,13 +88,62 @@ class Walk:
         return value if isinstance(value, _IMMUTABLE) else copy.deepcopy(value)
 
     def _tensor(self, tensor: torch.Tensor, path: tuple[Any, ...]) -> Ref:
-        shard = parallel.local(tensor)
-        plain = not is_traceable_wrapper_subclass(shard)
-        found = [shard] if plain else parts(shard)
+        layout = None
+        if type(tensor) in _PLAIN:  # nearly all of them: spare the questions
+            found, plain = [tensor.detach()], True
+        else:
+            layout = parallel.wrapping(tensor)
+            shard = parallel.local(tensor)
+            plain = not is_traceable_wrapper_subclass(shard)
+            found = [shard] if plain else parts(shard)
         self.shape.append((path, tensor.dtype, tensor.shape))
         self.paths.extend([path] if plain else [(*path, index) for index in range(len(found))])
         self.parts.extend(found)
-        return Ref(len(self.parts) - len(found), len(found), path, parallel.wrapping(tensor), found[0].device, plain)
+        return Ref(len(self.parts) - len(found), len(found), path, layout, found[0].device, plain)
+
+
+class Held(NamedTuple):
+    """What belongs to one key of ``optimizer.state``.
+
+    Attributes:
+        key: The parameter, or a key that is none.
+        parameter: The place of the parameter itself; None if the key is none.
+        state: A copy of its state, with places for tensors (see :class:`Walk`).
+        empty: There is no state: an empty dict is what looking into ``optimizer.state`` leaves behind.
+    """
+
+    key: Any
+    parameter: Ref | None
+    state: Any
+    empty: bool
+
+
+def walk_optimizers(optimizers: Sequence[Optimizer]) -> tuple[Walk, tuple[tuple[Held, ...], ...]]:
+    """Every parameter, each followed by its state, then the state under other keys; one optimizer after the other."""
+    walk = Walk()
+    everything = []
+    for number, optimizer in enumerate(optimizers):
+        of_optimizer = []
+        members = set()
+        states = parallel.optimizer_state(optimizer)
+        for group in optimizer.param_groups:
+            for handle in group["params"]:
+                members.add(id(handle))
+                place = walk.take(handle, (number, id(handle)))
+                # Not states[handle]: it is a defaultdict, and looking would make an entry.
+                state = states.get(handle)
+                tree = walk.take(state, (number, id(handle))) if state else None
+                of_optimizer.append(Held(handle, place, tree, not state))
+        for key, state in states.items():
+            if id(key) not in members and not (isinstance(state, dict) and not state):
+                of_optimizer.append(Held(key, None, walk.take(state, (number, mark(key))), False))
+        everything.append(tuple(of_optimizer))
+    return walk, tuple(everything)
+
+
+def mark(key: Any) -> Any:
+    """What stands for a key of ``optimizer.state`` in a path: comparing tensors would compare their elements."""
+    return id(key) if isinstance(key, torch.Tensor) else key
 
 
 class Overlay:

@@ -32,7 +32,8 @@ def test_the_state_goes_back_with_a_refusal(tmp_path: Path) -> None:
             (6, event(5, "commit", 3.0), 3.0),
             (7, event(6, "veto", None), 3.0),
             (8, event(7, "deep_rollback", math.inf, (2, 3, 5)), 5.0),
-            (9, event(8, "commit", 4.5), 4.5),
+            (9, event(8, "commit", None), math.nan),  # observed: would have been vetoed
+            (10, event(9, "commit", 4.5), 4.5),
         ]
         for batch, what, probe in said:
             record.begin_batch(batch)
@@ -43,7 +44,7 @@ def test_the_state_goes_back_with_a_refusal(tmp_path: Path) -> None:
     assert summary["refused"] == [0, 5, 7, 8]
     assert summary["undone"] == [3, 4, 6]  # batches, not attempts
     assert summary["final_probe"] == 4.5
-    assert summary["probe"]["batch"] == [0, 1, 3, 4, 5, 6, 7, 8, 9]
+    assert summary["probe"]["batch"] == [0, 1, 3, 4, 5, 6, 7, 8, 9, 10]
     events = read_events(tmp_path / "events.jsonl")
     assert [(e["batch"], e["attempt"]) for e in events[:4]] == [(0, 0), (1, 1), (3, 2), (4, 3)]
     assert events[7]["measurement"] == math.inf and events[7]["probe"] == 5.0

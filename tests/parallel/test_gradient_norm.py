@@ -105,7 +105,7 @@ def test_a_bad_gradient_shows_in_the_norm(bad: float) -> None:
     model.weight.grad = torch.tensor([[bad, 1, 1]] * 3)
     model.bias.grad = None
     norm = float(parallel.clip_grad_norm_(model, model.parameters(), 1.0))
-    assert not norm - norm == 0.0
+    assert norm - norm != 0.0
 
 
 def test_other_kinds_of_gradients() -> None:

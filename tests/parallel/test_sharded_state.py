@@ -187,6 +187,22 @@ def test_reshard_makes_the_next_forward_read_the_shards(two: Any, mode: str) -> 
     two.run(gathered, mode)
 
 
+def planned_while_gathered(rank: int, world: int, mode: str) -> None:
+    run = build(mode, rank, world)
+    run.step(0)
+    expected = StatePlan.build(run.model, [run.optimizer], world)
+    run.look()
+    plan = StatePlan.build(run.model, [run.optimizer], world)
+    assert plan.signature == expected.signature
+    assert [entry.name for entry in plan.entries] == [entry.name for entry in expected.entries]
+    assert plan.entries[0].name in ("gain", "_flat_param")
+
+
+@pytest.mark.parametrize("mode", ["fsdp1-grad", "fsdp1-flat-full", "fsdp2", "fsdp2-keep"])
+def test_a_plan_made_while_parameters_are_gathered(two: Any, mode: str) -> None:
+    two.run(planned_while_gathered, mode)
+
+
 def many_reshards(rank: int, world: int) -> list[int]:
     run = build("fsdp1-full", rank, world)
     run.step(0)

@@ -129,6 +129,15 @@ def test_a_report_of_several_runs_and_of_one_that_crashed(tmp_path: Path) -> Non
     assert "may still be running" in (tmp_path / "out" / "report.html").read_text()
 
 
+def test_a_run_that_only_observed_lists_what_it_would_have_refused(tmp_path: Path) -> None:
+    events = [event(attempt, 3.0) for attempt in range(6)]
+    events[4] = event(4, 9.0, signal="probe", would="rollback", reason="far above")
+    write_run(tmp_path / "run", events, **SUMMARY)
+    assert report(tmp_path / "run", tmp_path / "out")["runs"]["run"]["refused"] == []
+    words = "".join(Page((tmp_path / "out" / "report.html").read_text()).words)
+    assert "would have refused 1 batch, but only observed," in words and "far above" in words
+
+
 def test_an_empty_log_still_gives_a_page(tmp_path: Path) -> None:
     write_run(tmp_path / "run", [])
     report(tmp_path / "run", tmp_path / "out")

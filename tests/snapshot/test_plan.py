@@ -83,9 +83,17 @@ def test_state_that_appears_or_vanishes(optimizer: str) -> None:
     assert empty.is_current()
     step(model, made)
     assert not empty.is_current()
-    with pytest.raises(SnapshotError, match="rank 0.*new plan"):
+    with pytest.raises(SnapshotError, match=r"rank 0.*new plan"):
         empty.tensors()
     assert empty.signature == before.signature == plan_of(model, made).signature
+
+
+def test_looking_leaves_nothing_behind() -> None:
+    model = nn.Linear(2, 2)
+    optimizer = torch.optim.Adam(model.parameters())
+    plan = plan_of(model, optimizer)
+    plan.tensors(), plan.values, plan.is_current()
+    assert len(optimizer.state) == 0
 
 
 def test_every_change_of_form_is_seen() -> None:
@@ -188,7 +196,7 @@ def test_frozen_parameters_are_not_state() -> None:
 
 
 def test_names_come_without_wrappers() -> None:
-    model = torch.compile(nn.Sequential(nn.Linear(2, 2)))
+    model = torch.compile(nn.ModuleDict({"module": nn.Sequential(nn.Linear(2, 2))})["module"])
     plan = plan_of(model, torch.optim.SGD(model.parameters(), lr=0.1))
     assert [entry.name for entry in plan.entries] == ["0.weight", "0.bias"]
 

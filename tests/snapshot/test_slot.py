@@ -452,7 +452,7 @@ def test_no_memory_is_a_clear_error(monkeypatch: pytest.MonkeyPatch) -> None:
 
     slot = Slot()
     monkeypatch.setattr("dist_stability.snapshot.slot.torch.empty", refuse)
-    with pytest.raises(SnapshotError, match="rank 0: no host memory for a snapshot of .*allocate memory"):
+    with pytest.raises(SnapshotError, match=r"rank 0: no host memory for a snapshot of .*allocate memory"):
         slot.fill(plan, 0)
 
 
