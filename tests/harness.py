@@ -115,7 +115,7 @@ class Pool:
             fn: A module-level function.
             *args: Picklable arguments, the same for every rank.
             timeout: Seconds for the whole run.
-            grace: Seconds the other ranks get after the first one failed.
+            grace: Seconds the other ranks get after the first one failed (none if they are stopped by a signal).
             expect_failure: Return :class:`RankError` objects among the results instead of raising.
             group: Initialise a default gloo process group (False for code that must run without one).
             group_timeout: Timeout of that group in seconds.
@@ -140,7 +140,14 @@ class Pool:
         deadline = time.monotonic() + timeout
         failed = False
         while waiting:
-            ready = multiprocessing.connection.wait(list(waiting.values()), max(0.0, deadline - time.monotonic()))
+            left = deadline - time.monotonic()
+            ready = multiprocessing.connection.wait(
+                list(waiting.values()), max(0.0, min(left, 0.2) if failed else left)
+            )
+            if not ready and failed and left > 0:
+                if all(_state(self._processes[rank].pid) == "T" for rank in waiting):
+                    break  # stopped by a signal: nothing will come
+                continue
             if not ready:
                 break
             for rank in [rank for rank, connection in waiting.items() if connection in ready]:
@@ -221,12 +228,16 @@ def close_all() -> None:
         each.close()
 
 
-def _alive(pid: int) -> bool:
+def _state(pid: int) -> str:
+    """One letter, as in proc(5); "X" for a process that has gone."""
     try:
-        state = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0]
-    except FileNotFoundError:
-        return False
-    return state not in ("Z", "X")  # the fork server has yet to reap it, but it does not run
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0]
+    except (FileNotFoundError, ProcessLookupError):
+        return "X"
+
+
+def _alive(pid: int) -> bool:
+    return _state(pid) not in ("Z", "X")  # a zombie is one that the fork server has yet to reap
 
 
 def _work(rank: int, world: int, connection: Any, dump: str) -> None:

@@ -63,6 +63,7 @@ def test_locked_memory_does_not_matter_without_an_accelerator() -> None:
     ("entry", "files", "limit"),
     [
         ("0::/job/step\n", {"job/step/memory.max": "max", "job/memory.max": "1000", "memory.max": "5000"}, 1000),
+        ("0::/job\n", {"job/memory.max": "5000", "memory.max": "1000"}, 1000),
         ("0::/job\n", {"job/memory.max": "max"}, None),
         ("0::/\n", {"memory.max": "77"}, 77),
         ("4:memory:/job\n", {"memory/job/memory.limit_in_bytes": "500"}, 500),
