@@ -38,6 +38,7 @@ os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
 
 import torch
 import torch.distributed as dist
+from torch.distributed.tensor.debug import _clear_sharding_prop_cache
 from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
 _PRELOAD = [
@@ -284,6 +285,8 @@ def _clean() -> None:
     """A state that no earlier run has touched."""
     if dist.is_initialized():
         dist.destroy_process_group()
+        # DTensor caches layouts by equal meshes: a new tensor would carry the mesh of an earlier run, with dead groups.
+        _clear_sharding_prop_cache()
     gc.collect()
     for hooks in (
         _global_optimizer_pre_hooks,

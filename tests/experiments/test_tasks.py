@@ -79,7 +79,7 @@ def test_an_unknown_task_lists_the_known_ones() -> None:
 def test_cifar10_says_what_it_looked_for_where_and_what_to_do(tmp_path: Path) -> None:
     with pytest.raises(vision.DataMissing, match=r"needs --data DIR.*cifar-10-batches-py.*Nothing is downloaded"):
         make_task("cifar10")
-    with pytest.raises(vision.DataMissing, match="no CIFAR-10 in .*: looked for ") as missing:
+    with pytest.raises(vision.DataMissing, match=r"no CIFAR-10 in .*: looked for ") as missing:
         make_task("cifar10", data=tmp_path)
     assert str(tmp_path / "cifar-10-batches-py") in str(missing.value)
     assert "cifar-10-python.tar.gz" in str(missing.value)

@@ -203,6 +203,20 @@ def test_a_plan_made_while_parameters_are_gathered(two: Any, mode: str) -> None:
     two.run(planned_while_gathered, mode)
 
 
+def marked(rank: int, world: int) -> None:
+    run = build("fsdp2", rank, world)
+    run.step(0)
+    run.model.set_post_optim_event(object())  # type: ignore[operator]
+    parallel.reshard(run.model)
+    assert run.model._get_fsdp_state()._state_ctx.post_optim_event is None
+    run.step(1)
+
+
+def test_a_pending_event_of_the_optimizer_is_dropped(two: Any) -> None:
+    """The next all-gather would wait for the step that was undone and not for the restore."""
+    two.run(marked)
+
+
 def many_reshards(rank: int, world: int) -> list[int]:
     run = build("fsdp1-full", rank, world)
     run.step(0)
