@@ -82,16 +82,16 @@ def demo(out: Path) -> int:
     """
     begin = time.monotonic()
     arms = [
-        _arm("clean", "1/4 clean: no fault", "--rule", "off"),
-        _arm("baseline", "2/4 baseline: with the fault, unguarded", "--rule", "off", "--inject", FAULT),
-        _arm("guarded", "3/4 guarded: with the fault, guarded", "--rule", "predictive", "--inject", FAULT),
+        _arm("clean", "1/4 clean: no fault, no guard", "--rule", "off"),
+        _arm("baseline", "2/4 baseline: fault, no guard", "--rule", "off", "--inject", FAULT),
+        _arm("guarded", "3/4 guarded: fault and guard", "--rule", "predictive", "--inject", FAULT),
     ]
     for arm in arms:
         _run(arm, out)
     guarded = load_run(out / "guarded")
     dropped = sorted({*guarded.summary["refused"], *guarded.summary["undone"]})
     skip = ("--skip-batches", show_ranges(dropped)) if dropped else ()
-    twin = _arm("twin", "4/4 golden twin: never sees the refused batches", "--rule", "off", *skip)
+    twin = _arm("twin", "4/4 golden twin of guarded", "--rule", "off", *skip)
     _run(twin, out)
     arms.append(twin)
 

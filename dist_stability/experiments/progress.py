@@ -79,7 +79,7 @@ def _bar() -> Any:
         return None
     return rich.Progress(
         rich.TextColumn("{task.description}", markup=False),
-        rich.BarColumn(),
+        rich.BarColumn(bar_width=16),
         rich.MofNCompleteColumn(),
         rich.TimeElapsedColumn(),
         rich.TextColumn("{task.fields[numbers]}", markup=False),

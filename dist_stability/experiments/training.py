@@ -112,7 +112,7 @@ def run(options: Options, task: Task, here: Processes) -> int:
         injector=FaultInjector.parse(options.inject),
     )
     record = RunRecorder(options, task, here, model)
-    title = f"{task.data}: {options.parallel}, {here.world_size} process(es), rule {options.rule}"
+    title = f"{task.name}: {options.parallel} x {here.world_size}, rule {options.rule}"
     try:
         with ExitStack() as stack:
             stack.enter_context(record)
