@@ -42,10 +42,11 @@ from .rules import Guarantees, PredictiveInnovation, Rule, settings_of, supports
 from .signals import Gradients, LossProbe, Reading
 from .snapshot import StatePlan
 from .startup import agree_on_replicas, agree_on_settings, make_vote, world_of
-from .validation import check_not_fused_into_backward, check_optimizers, check_parts, check_settings
+from .validation import check_not_fused_into_backward, check_optimizers, check_parts, check_scaler, check_settings
 from .verdict import Action, Verdict
 from .veto import VetoStage
 from .vote import Ballot, Tally, bits, from_bits
+from .watch import is_transport_error
 
 ANCHOR_EVERY = 8
 """Commits between two anchors. Two are kept, so a deep restore goes 8 to 16 commits back."""
@@ -72,6 +73,10 @@ class StabilityController:
         replica_check_every: Compare the bits of replicated state at every this many judged attempts; 0 never.
         max_refusals_in_row: Stop with :class:`StabilityStop` after this many refusals without an accepted step.
         on_event: Called on every rank with one dict for each verdict.
+
+    Use it as a context manager around the loop: an exception in the loop then leaves the other ranks a note that says
+    why this one stopped, and a collective of the loop's own that loses its peers becomes a :class:`LockstepError` that
+    names them.
 
     A change that somebody else makes to the weights between two steps belongs to the next proposal: it is measured
     with it, and undone with it if it is refused.
@@ -232,9 +237,16 @@ class StabilityController:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        if isinstance(error, Exception):
-            self._note(error)
+        lost = None
+        if isinstance(error, Exception) and not isinstance(error, LockstepError):
+            if self._phases.watch is not None and is_transport_error(error):
+                # A collective of the loop's own lost its peers; it names nobody, the watch does.
+                lost = self._vote.lost(self._attempt, error)
+            else:
+                self._note(error)
         self.close()
+        if lost is not None:
+            raise lost from error
 
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint keeps beside model and optimizer: counters, the rule's and guards' memory, budgets."""
@@ -343,6 +355,7 @@ class StabilityController:
                 f"and buffers could not be restored. Call the model that the controller was given (not a method of it, "
                 f"nor a copy), or give the controller the module that you call."
             )
+        scaler = check_scaler(scaler)
         self._phases.enter("gradients")
         gradients = Gradients(self._recovery.plan.parameters, grad_norm)
         judged = (self._attempt + 1) % self.every == 0
@@ -386,7 +399,7 @@ class StabilityController:
         self._veto.stepped()
         if attempt.overflow:
             decision = Decision(Action.SCALER_SKIP, "scaler", "the scaled gradients overflowed")
-        elif attempt.vetoed and not (attempt.judged and (self._pending or attempt.pre_vote is None)):
+        elif attempt.vetoed and not attempt.judged:
             decision = self._veto.explain(attempt)
         else:
             self._phases.enter("after step")
@@ -437,12 +450,11 @@ class StabilityController:
         attempt.vetoed = bool(attempt.vetoed) or (tally.veto > 0 and tally.no == 0)
         if not attempt.vetoed:
             return self._decide(attempt, tally, error, attempt.norm)
-        if self._pending:
-            # Nothing was proposed now; what was measured is what unjudged attempts left. Refused, they are taken back,
-            # or a fault in them could make the guards veto everything for ever.
-            left = self._decide(attempt, tally, error, None)
-            if left.action.refused:
-                return left
+        # Nothing was proposed now; what was measured is what stands. If that is refused (a fault in unjudged attempts,
+        # or weights that somebody else damaged), it is restored, or the guards would veto everything for ever.
+        standing = self._decide(attempt, tally, error, None)
+        if standing.action.refused and self.mode == "enforce":
+            return standing
         veto = self._veto.explain(attempt)
         return replace(veto, measurement=tally.measurement) if self.mode == "observe" else veto
 

@@ -102,6 +102,19 @@ def check_settings(
         raise ValueError(f"timeout: expected seconds above 0, got {timeout!r}")
 
 
+def check_scaler(scaler: Any) -> Any:
+    """The scaler of a step, or None where there is nothing to unscale: none given, or a disabled one.
+
+    Raises:
+        TypeError: It is no GradScaler.
+    """
+    if scaler is None:
+        return None
+    if not isinstance(scaler, (torch.amp.GradScaler, torch.cuda.amp.GradScaler)):
+        raise TypeError(f"step(scaler=...): expected a torch.amp.GradScaler, got {_kind(scaler)}")
+    return scaler if scaler.is_enabled() else None
+
+
 def check_not_fused_into_backward(optimizers: Sequence[Optimizer]) -> None:
     """Refuse an optimizer that steps inside backward: its proposal is made before anyone can look at the gradients.
 

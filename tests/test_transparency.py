@@ -73,8 +73,6 @@ def test_with_and_without_the_controller(mode: str) -> None:
 def test_every_way_to_use_it(mode: str) -> None:
     cases = [zoo.replace(case, mode=mode) for case in OPTIONS.values()]
     cases += [Case(mode, scaler=True, clip=1.0), Case(mode, optimizer="adam-fused", scaler=True)]
-    if mode == "fsdp2":
-        cases = [case for case in cases if not case.scaler]  # torch's GradScaler needs FSDP1's own variant there
     for said in harness.pool(zoo.MODES[mode]).run(transparent, cases, timeout=300):
         assert not said, "\n".join(said)
 

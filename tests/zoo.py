@@ -138,7 +138,8 @@ class Case:
     tensor_lr: bool = False
     draws: bool = True
     guards: bool = True
-    steps: int = 14
+    probes: int = 1
+    steps: int = 12
     ranks: int = 0  # 0: as many as the mode needs
 
     def __str__(self) -> str:
@@ -165,6 +166,13 @@ def world_of(case: Case) -> int:
 def loss_fn(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
     x, y = batch
     return F.cross_entropy(model(x).float().flatten(0, -2), y.flatten())
+
+
+def probe_loss(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+    """The same, drawing from the global generators on the way: the probe must leave no trace of that either."""
+    random.random()
+    torch.rand(3)
+    return loss_fn(model, batch)
 
 
 def data(case: Case, index: int, replica: int, size: int = 4) -> tuple[Tensor, Tensor]:
@@ -280,8 +288,8 @@ def control(
 ) -> StabilityController:
     """A controller for the case, with the injector attached."""
     # Larger than a training batch: a probe with little noise lets a short history tell a fault from a fluctuation.
-    batches = [data(case, 10**6 + i, setup.replica if case.probe_on == "mean" else 0, size=16) for i in range(2)]
-    probed: Callable[[Any, Any], Tensor] = injector.wrap_loss(loss_fn) if injector is not None else loss_fn
+    batches = [data(case, 10**6 + i, 0, size=32 // case.probes) for i in range(case.probes)]
+    probed: Callable[[Any, Any], Tensor] = injector.wrap_loss(probe_loss) if injector is not None else probe_loss
     controller = StabilityController(
         setup.model,
         setup.optimizers if len(setup.optimizers) > 1 else setup.optimizers[0],
