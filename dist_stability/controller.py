@@ -639,6 +639,9 @@ class StabilityController:
             raise
 
     def _note(self, error: Exception) -> None:
-        """Tell the other ranks why this one stops: they may be waiting for it inside a collective."""
-        if self._phases.watch is not None:
+        """Tell the other ranks why this one stops: they may be waiting for it inside a collective.
+
+        A LockstepError needs no note: its origin is known to all, or was noted where it was found out.
+        """
+        if self._phases.watch is not None and not isinstance(error, LockstepError):
             self._phases.watch.fail(self._attempt, one_line(error) or "")

@@ -16,14 +16,14 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch.distributed as dist
 
 PHASES = ("training", "gradients", "veto vote", "step", "after step", "probe", "vote", "copy", "restore", "done")
 """The phases of one attempt, in order. "training" is everything between two calls of ``step()``."""
 
-_FAILED = "failed"
+_NOTE = "note"
 _T = TypeVar("_T")
 
 
@@ -72,43 +72,54 @@ class Watch:
 
     def fail(self, attempt: int, reason: str) -> None:
         """Leave a note that this rank stops, and why. The first note of a job is kept; later ones follow from it."""
-        note = json.dumps({"rank": self._rank, "attempt": attempt, "reason": reason})
-        self._bounded(lambda: self._store.compare_set(_FAILED, "", note))
+        self._leave(f"rank {self._rank} stopped at attempt {attempt}: {reason}", (self._rank,))
 
-    def failure(self) -> tuple[int, int, str] | None:
-        """The first note left by a failing rank: (global rank, attempt, reason)."""
-        note = self._bounded(self._read_failure)
-        return None if note is None else (note["rank"], note["attempt"], note["reason"])
-
-    def _read_failure(self) -> dict[str, Any] | None:
-        return json.loads(self._store.get(_FAILED)) if self._store.check([_FAILED]) else None
+    def failure(self) -> tuple[str, tuple[int, ...]] | None:
+        """The first note, if there is one: (what happened, the global ranks it is about)."""
+        return self._bounded(self._read_note)
 
     def explain(self) -> tuple[str, tuple[int, ...]]:
-        """Say who kept this rank waiting: (one line, global ranks). Takes about two publishing intervals."""
+        """Say who kept this rank waiting: (one line, global ranks). Takes about two publishing intervals.
+
+        What is found out is left as a note: whoever asks later would find the ranks that asked first gone as well.
+        """
         attempt, phase, _ = self._position
         self._position = (attempt, phase, True)
         self._bounded(self._publish)
         before = self._bounded(self._positions)
         time.sleep(2 * self._interval)
-        failed = self.failure()
-        if failed is not None:
-            rank, when, reason = failed
-            return f"rank {rank} stopped at attempt {when}: {reason}", (rank,)
+        noted = self.failure()
+        if noted is not None:
+            return noted
         after = self._bounded(self._positions)
         if before is None or after is None:
             return "the job's key-value store does not answer; the process that serves it may be stopped or gone", ()
-        silent = [r for r, p in after.items() if r != self._rank and not p.waiting and p.beat == before[r].beat]
+        silent = [
+            r
+            for r, p in after.items()
+            if r != self._rank and not p.waiting and r in before and p.beat == before[r].beat
+        ]
         behind = [
             r for r, p in after.items() if r not in silent and not p.waiting and (p.attempt, p.phase) < (attempt, phase)
         ]
-        blamed = sorted({*silent, *behind})
+        blamed = tuple(sorted({*silent, *behind}))
         if not blamed:
             return "no rank is behind or silent, so the transport between them failed", ()
-        said = [
+        said = "waited for " + ", ".join(
             f"rank {r} (last seen at {after[r]}{', then silent: stopped or dead' if r in silent else ''})"
             for r in blamed
-        ]
-        return "waited for " + ", ".join(said), tuple(blamed)
+        )
+        self._leave(said, blamed)
+        return self.failure() or (said, blamed)
+
+    def _leave(self, said: str, ranks: tuple[int, ...]) -> None:
+        self._bounded(lambda: self._store.compare_set(_NOTE, "", json.dumps({"said": said, "ranks": ranks})))
+
+    def _read_note(self) -> tuple[str, tuple[int, ...]] | None:
+        if not self._store.check([_NOTE]):
+            return None
+        note = json.loads(self._store.get(_NOTE))
+        return note["said"], tuple(note["ranks"])
 
     def close(self) -> None:
         """Stop publishing. Idempotent."""

@@ -265,7 +265,10 @@ def test_with_a_grad_scaler(mode: str) -> None:
         case = Case(mode, optimizer=optimizer, scaler=True, clip=clip, scheduler=True, steps=8)
         flip = f"bit-flip:step=5,rank={zoo.MODES[mode] - 1},where=parameter"
         jobs.append(Job(case, (flip,), (5,), actions=("rollback",)))
-        jobs.append(Job(replace(case, optimizers=2), (flip,), (5,), actions=("rollback",)))
+        if (
+            mode != "fsdp1"
+        ):  # an optimizer whose shards are all empty on a rank has no gradients there: torch refuses it
+            jobs.append(Job(replace(case, optimizers=2), (flip,), (5,), actions=("rollback",)))
     check(jobs)
 
 
