@@ -306,7 +306,7 @@ def test_a_rank_that_raises_is_named_with_its_reason(two: harness.Pool, phase: s
 def test_a_rank_that_raises_in_a_restore_is_named(two: harness.Pool) -> None:
     faults = ["nan:step=3,rank=1", "raise:step=3,phase=restore,rank=1"]
     case = Case("fsdp2", steps=6, guards=False)
-    for error in two.run(faulty, case, faults, 8.0, expect_failure=True, timeout=60):
+    for error in two.run(faulty, case, faults, 5.0, expect_failure=True, timeout=60):
         assert error.is_a("LockstepError") or error.is_a("InjectedFault"), str(error)
         assert "rank 1" in error.message and "InjectedFault" in str(error)
 
@@ -315,7 +315,7 @@ def test_a_rank_that_raises_in_a_restore_is_named(two: harness.Pool) -> None:
 def test_raising_inside_a_forward_with_collectives_stops_all_by_name(two: harness.Pool, mode: str) -> None:
     for bad in (0, 1) if mode == "fsdp2" else (1,):
         fault = f"raise:step=3,phase=loss-in-forward,rank={bad}"
-        for error in two.run(faulty, Case(mode, steps=6), [fault], 8.0, expect_failure=True, timeout=60):
+        for error in two.run(faulty, Case(mode, steps=6), [fault], 5.0, expect_failure=True, timeout=60):
             assert isinstance(error, RankError) and error.is_a("LockstepError"), str(error)
             assert error.facts["ranks"] == (bad,) and error.facts["step"] == 3, error.facts
             assert f"rank {bad} stopped at attempt 3" in error.message, error.message
@@ -325,7 +325,7 @@ def test_raising_inside_a_forward_with_collectives_stops_all_by_name(two: harnes
 def test_four_ranks_stop_when_one_raises_inside(four: harness.Pool) -> None:
     for mode in ("hsdp", "fsdp2+tp"):
         fault = "raise:step=3,phase=loss-in-forward,rank=2"
-        for error in four.run(faulty, Case(mode, steps=6), [fault], 8.0, expect_failure=True, timeout=90):
+        for error in four.run(faulty, Case(mode, steps=6), [fault], 5.0, expect_failure=True, timeout=90):
             assert isinstance(error, RankError) and error.is_a("LockstepError"), str(error)
             assert error.facts["ranks"] == (2,), error.message
 
@@ -342,7 +342,7 @@ def test_all_the_others_name_the_same_rank(four: harness.Pool, fault: str) -> No
 def leave_the_loop(rank: int, world: int) -> None:
     case = Case("ddp", steps=6)
     setup = zoo.build(case, rank, world)
-    with zoo.control(case, setup, timeout=20.0) as controller:
+    with zoo.control(case, setup, timeout=5.0) as controller:
         for attempt in range(case.steps):
             zoo.loss_fn(setup.model, zoo.fetch(case, setup, attempt)[0]).backward()
             if attempt == 3 and rank == 1:
@@ -364,7 +364,7 @@ def test_an_exception_in_the_loop_of_one_rank_reaches_the_others_by_name(two: ha
 def test_a_damaged_snapshot_is_never_restored(two: harness.Pool, mode: str) -> None:
     """Without an older one the job stops, on every rank, with the name of what is damaged."""
     faults = ["bit-flip:step=5,rank=1,where=snapshot,bit=low-mantissa", "nan:step=5,rank=0"]
-    for error in two.run(faulty, Case(mode, steps=8, guards=False), faults, 8.0, expect_failure=True, timeout=60):
+    for error in two.run(faulty, Case(mode, steps=8, guards=False), faults, 5.0, expect_failure=True, timeout=60):
         assert isinstance(error, RankError) and error.is_a("SnapshotError"), str(error)
         assert "rank 1: snapshot of attempt 4: damaged" in error.message, error.message
 

@@ -53,7 +53,7 @@ def one(rank: int, world: int, case: Case, fault: Fault) -> tuple[str, list[str]
     """The outcome of one fault that stopped nobody: ("recovered" or "committed", what is wrong with that)."""
     injector = FaultInjector([fault])
     # A stopped rank is noticed by its silence only, so that is kept short.
-    guarded = zoo.train(case, rank, world, injector=injector, timeout=4.0 if fault.kind == "stop" else 10.0)
+    guarded = zoo.train(case, rank, world, injector=injector, timeout=4.0 if fault.kind == "stop" else 6.0)
     everyone = gather([repr(verdict) for verdict in guarded.verdicts])
     wrong = [f"the ranks disagree: {here} | {there}" for here, there in zip(*everyone, strict=True) if here != there]
     if guarded.dropped:
