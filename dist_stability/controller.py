@@ -174,7 +174,8 @@ class StabilityController:
             The verdict, equal on every rank.
 
         Collectives: on a judged attempt the probe's forward and one all-reduce, and one all-reduce before the step if
-        a guard or the scaler needs agreement; a few more on a refusal or veto. On an unjudged attempt at most the first.
+        a guard or the scaler needs agreement; a few more on a refusal or veto. On an unjudged attempt at most the
+        first.
 
         Raises:
             LockstepError: The ranks can no longer act as one.
