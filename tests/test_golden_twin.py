@@ -7,6 +7,7 @@ controller, that drops those batches before the forward.
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
@@ -18,7 +19,7 @@ import torch
 import zoo
 from zoo import Case
 
-from dist_stability import FixedInnovation, Judgement
+from dist_stability import FixedInnovation, GradientNormGuard, Judgement, NonFiniteGuard
 from dist_stability.testing import FaultInjector, NotTheTwin, Outcome, assert_golden_twin, compare
 
 BAD = 9
@@ -48,7 +49,8 @@ def twins(rank: int, world: int, jobs: list[Job]) -> list[str]:
 
         def run(skip: frozenset[int], guarded: bool, job: Job = job, injector: FaultInjector = injector) -> Outcome:
             faults = injector if guarded else None
-            return zoo.train(job.case, rank, world, skip=skip, guarded=guarded, injector=faults, **job.options)
+            options = copy.deepcopy(job.options)  # rules and guards learn
+            return zoo.train(job.case, rank, world, skip=skip, guarded=guarded, injector=faults, **options)
 
         try:
             outcome = assert_golden_twin(run, refused=job.refused, undone=job.undone)
@@ -188,6 +190,15 @@ def test_probe_on_every_rank_sees_what_rank_0_cannot(two: harness.Pool) -> None:
     flip = f"bit-flip:step={BAD},rank=1,where=parameter"
     jobs.append(Job(Case("ddp", probe_on="mean"), (flip,), options={"replica_check_every": 0}))
     jobs.append(Job(Case("fsdp2", probe_on="mean", model="conv"), (flip,)))
+    check(jobs)
+
+
+def test_the_norm_guard_vetoes_a_scaled_gradient(two: harness.Pool) -> None:
+    jobs = []
+    for mode in ("ddp", "fsdp2-uneven"):
+        for case in (Case(mode), Case(mode, clip=1.0), Case(mode, optimizer="adam-fused", form="attach")):
+            options = {"guards": (GradientNormGuard(), NonFiniteGuard())}
+            jobs.append(Job(case, (SCALE,), (BAD, BAD + 1), actions=("veto",) * 2, options=options))
     check(jobs)
 
 

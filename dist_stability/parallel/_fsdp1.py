@@ -20,7 +20,7 @@ def reshard(model: nn.Module) -> None:
     """Free what a forward left gathered, so that the next forward reads the shards again. No collective.
 
     FSDP1 keeps the root (and everything under SHARD_GRAD_OP) gathered after a forward and offers no public
-    ``reshard()``: a later write to the shards would be ignored by the next forward (design, trap 1). This calls the
+    ``reshard()``: a later write to the shards would be ignored by the next forward. This calls the
     private ``_reshard`` that its own post-backward hook calls. It may go when FSDP1 goes, or learns to reshard.
     """
     for unit in units(model):

@@ -19,7 +19,7 @@ def units(model: nn.Module) -> list[Any]:
 def reshard(model: nn.Module) -> None:
     """Every module back to its sharded parameters. No collective.
 
-    After a forward the root stays gathered (design, trap 1). An event set with ``set_post_optim_event`` and not used
+    After a forward the root stays gathered. An event set with ``set_post_optim_event`` and not used
     yet is dropped: the next all-gather would wait for the optimizer step it marks and not for a restore made after
     it. Without an event FSDP2 waits for everything on the compute stream.
     """

@@ -16,7 +16,7 @@ from .tensors import is_dtensor
 def forward_module(model: nn.Module) -> nn.Module:
     """The module a probe calls: the same function as the model, without DDP's collectives.
 
-    DDP broadcasts buffers in a forward, in eval mode too (design, trap 2), and after a forward without gradients it
+    DDP broadcasts buffers in a forward, in eval mode too, and after a forward without gradients it
     leaves that broadcast out of the next one, a training forward; so its inner module is called.
     ``torch.compile`` inside DDP stays compiled; compiled around DDP it is left out with it. FSDP and tensor-parallel
     models are returned as they are: their collectives are part of the function.

@@ -1,6 +1,6 @@
 """State that is not in tensors of the plan: what a forward moves, and what is set around the optimizer step.
 
-The two are captured at different moments (design, section 4), so they are two classes:
+The two are captured at different moments (docs/guarded-step.md), so they are two classes:
 
 * :class:`ForwardState` at the first training forward after a verdict: random streams and buffers. Draws that the data
   loader made before it stay, those of a refused forward are undone.

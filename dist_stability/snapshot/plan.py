@@ -133,7 +133,7 @@ class StatePlan:
     def build(cls, model: nn.Module, optimizers: Sequence[Optimizer], world: int) -> StatePlan:
         """Walk model and optimizers. Puts FSDP modules back to their sharded state; enters no collective.
 
-        Handles come from the optimizers: what ``model.parameters()`` yields may be gathered copies (design, trap 1).
+        Handles come from the optimizers: what ``model.parameters()`` yields may be gathered copies.
         Parameters that no optimizer has are not state. An optimizer may have some parameters that the model lacks.
 
         Args:

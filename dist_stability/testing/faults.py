@@ -21,7 +21,6 @@ import random
 import signal
 import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
@@ -30,29 +29,7 @@ from torch import Tensor, nn
 
 from dist_stability import parallel
 
-PHASES = ("gradients", "veto vote", "step", "after step", "probe", "vote", "copy", "restore", "done")
-"""The phases of a guarded step, in order; see the controller's phase listeners."""
-
-LOSS_PHASES = ("loss before forward", "loss in forward", "loss after forward")
-"""Places inside the probe's loss function; reached through :meth:`FaultInjector.wrap_loss` only."""
-
-BITS = ("sign", "top-exponent", "low-exponent", "top-mantissa", "low-mantissa")
-"""Names of bits of a floating-point number, whatever its width."""
-
-_PLACES = {"gradient": "gradients", "parameter": "after step", "snapshot": "gradients"}
-_KEYS = {
-    "gradient-scale": ("step", "factor", "length", "rank"),
-    "nan": ("step", "rank", "length"),
-    "inf": ("step", "rank", "length"),
-    "bit-flip": ("step", "rank", "where", "bit", "length"),
-    "raise": ("step", "phase", "rank", "length"),
-    "sleep": ("step", "phase", "rank", "seconds", "length"),
-    "kill": ("step", "phase", "rank"),
-    "stop": ("step", "phase", "rank"),
-    "exit": ("step", "phase", "rank", "code"),
-}
-KINDS = tuple(_KEYS)
-"""Names of all kinds of faults."""
+from .fault import BITS, KINDS, LOSS_PHASES, PHASES, PLACES, Fault, parse
 
 _LAYOUTS = {  # dtype -> (integer dtype of the same width, bits, mantissa bits)
     torch.float64: (torch.int64, 64, 52),
@@ -64,55 +41,6 @@ _LAYOUTS = {  # dtype -> (integer dtype of the same width, bits, mantissa bits)
 
 class InjectedFault(RuntimeError):
     """The exception that a "raise" fault raises."""
-
-
-@dataclass(frozen=True, slots=True)
-class Fault:
-    """One fault; ``str(fault)`` is the text :meth:`FaultInjector.parse` reads.
-
-    Attributes:
-        kind: One of :data:`KINDS`.
-        step: First attempt it acts in.
-        phase: One of :data:`PHASES` or :data:`LOSS_PHASES`. Fixed for faults in numbers, which act on "gradients" or,
-            for a bit flip in a parameter, "after step".
-        rank: Global rank it acts on; None for every rank.
-        length: Number of consecutive attempts it acts in.
-        factor: What gradients are multiplied by ("gradient-scale").
-        where: "gradient", "parameter" or "snapshot" ("bit-flip"): the largest element of this rank's shards is hit.
-        bit: One of :data:`BITS` ("bit-flip").
-        seconds: How long to sleep ("sleep").
-        code: Exit status ("exit").
-    """
-
-    kind: str
-    step: int
-    phase: str = "gradients"
-    rank: int | None = None
-    length: int = 1
-    factor: float = 300.0
-    where: str = "gradient"
-    bit: str = "top-exponent"
-    seconds: float = 1.0
-    code: int = 1
-
-    def __post_init__(self) -> None:
-        """Refuse what could never fire."""
-        _one_of("kind of fault", self.kind, KINDS)
-        _one_of("phase", self.phase, PHASES + LOSS_PHASES)
-        _one_of("place of a bit flip", self.where, tuple(_PLACES))
-        _one_of("bit", self.bit, BITS)
-        if self.step < 0 or self.length < 1:
-            raise ValueError(f"fault {self.kind}: step must be >= 0 and length >= 1, got {self.step} and {self.length}")
-
-    def __str__(self) -> str:
-        """The fault as text, e.g. ``gradient-scale:step=120,factor=300,length=10``."""
-        default = {f.name: f.default for f in fields(self)}
-        shown = [k for k in _KEYS[self.kind] if k in ("step", "phase") or getattr(self, k) != default[k]]
-        return f"{self.kind}:" + ",".join(f"{k}={str(getattr(self, k)).replace(' ', '-')}" for k in shown)
-
-    def due(self, rank: int, step: int, phase: str) -> bool:
-        """Whether it acts on this rank, in this attempt and phase."""
-        return phase == self.phase and self.step <= step < self.step + self.length and self.rank in (None, rank)
 
 
 class FaultInjector:
@@ -140,7 +68,7 @@ class FaultInjector:
         Raises:
             ValueError: Unknown kind, key or value; the message lists the known ones.
         """
-        return cls(_parse(spec) for spec in specs)
+        return cls(parse(spec) for spec in specs)
 
     @classmethod
     def random(
@@ -157,13 +85,12 @@ class FaultInjector:
         """
         draw = random.Random(seed)
         kind = draw.choice(list(kinds))
-        where = draw.choice(list(_PLACES))
+        where = draw.choice(list(PLACES))
         phase = draw.choice(PHASES + LOSS_PHASES)
-        numeric = {"bit-flip": _PLACES[where]}.get(kind, "gradients")
         fault = Fault(
             kind,
             draw.randrange(start, steps),
-            phase=phase if "phase" in _KEYS[kind] else numeric,
+            phase=phase,
             rank=None if kind == "gradient-scale" and draw.random() < 0.5 else draw.randrange(world_size),
             factor=draw.choice([-1.0, 0.0, 0.5, 2.0, 30.0, 300.0, 1e6, 1e30]) if kind == "gradient-scale" else 300.0,
             where=where if kind == "bit-flip" else "gradient",
@@ -189,8 +116,7 @@ class FaultInjector:
         self, step: int, *, rank: int, where: str = "gradient", bit: str = "top-exponent", length: int = 1
     ) -> FaultInjector:
         """Flip a bit of the largest element of one rank's gradients, parameters, or safe snapshot."""
-        _one_of("place of a bit flip", where, tuple(_PLACES))
-        return self.add(Fault("bit-flip", step, _PLACES[where], rank, length, where=where, bit=bit))
+        return self.add(Fault("bit-flip", step, rank=rank, length=length, where=where, bit=bit))
 
     def fail(self, step: int, phase: str, *, rank: int | None = None, length: int = 1) -> FaultInjector:
         """Raise :class:`InjectedFault` in a phase."""
@@ -305,7 +231,7 @@ def flip_largest(tensors: Iterable[Tensor], bit: str) -> None:
 
     Args:
         tensors: Local floating-point tensors; empty ones are passed over, and nothing happens if all are.
-        bit: One of :data:`BITS`.
+        bit: One of :data:`~.fault.BITS`.
     """
     best, found = -1.0, None
     for tensor in tensors:
@@ -326,29 +252,3 @@ def flip_largest(tensors: Iterable[Tensor], bit: str) -> None:
 
 def _rank() -> int:
     return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
-
-
-def _one_of(what: str, value: str, known: Sequence[str]) -> None:
-    if value not in known:
-        raise ValueError(f"unknown {what} {value!r}; known: {', '.join(known)}")
-
-
-def _parse(spec: str) -> Fault:
-    kind, _, rest = spec.partition(":")
-    _one_of(f"kind of fault in {spec!r}:", kind, KINDS)
-    given: dict[str, Any] = {}
-    for item in filter(None, rest.split(",")):
-        key, _, text = item.partition("=")
-        _one_of(f"key in {spec!r}:", key.strip(), _KEYS[kind])
-        convert: dict[str, Callable[[str], Any]] = {"factor": float, "seconds": float}
-        convert |= {"where": str, "bit": str, "phase": lambda phase: phase.replace("-", " ")}
-        try:
-            given[key.strip()] = convert.get(key.strip(), int)(text.strip())
-        except ValueError:
-            raise ValueError(f"bad value for {key.strip()} in {spec!r}: {text!r} is not a number") from None
-    needed = [key for key in ("step", "phase") if key in _KEYS[kind] and key not in given]
-    if needed:
-        raise ValueError(f"{spec!r} needs {' and '.join(needed)}; keys of {kind}: {', '.join(_KEYS[kind])}")
-    if kind == "bit-flip":
-        given["phase"] = _PLACES.get(given.get("where", "gradient"), "gradients")
-    return Fault(kind, **given)

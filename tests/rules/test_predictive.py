@@ -20,7 +20,7 @@ TABLE = {2: 31.59905457644362, 3: 12.923978636687481, 4: 8.610301581379275}
 
 
 class Reference:
-    """The detector notes' reference implementation: short, one letter per symbol, anchors kept inside."""
+    """The reference implementation of the rule: short, one letter per symbol, anchors kept inside."""
 
     def __init__(self, c: float = 8.0) -> None:
         self.c, self.level, self.b, self.a, self.n, self.r, self.ry = c, None, 0.0, 0.0, 0, 0, 0

@@ -165,6 +165,7 @@ def test_text_and_faults_are_the_same_thing() -> None:
     injector = FaultInjector.parse(SPECS)
     assert [str(fault) for fault in injector.faults] == SPECS
     assert injector.faults[0] == Fault("gradient-scale", 120, factor=30.0, length=10)
+    assert injector.faults[4] == Fault("bit-flip", 3, rank=1, where="parameter", bit="sign")
     assert injector.faults[4].phase == "after step"
     assert FaultInjector.parse(["gradient-scale:step=120,factor=300,length=10"]).faults[0].factor == 300.0
 

@@ -7,6 +7,7 @@ import random
 import re
 from collections.abc import Callable
 
+import harness
 import numpy as np
 import pytest
 import torch
@@ -150,3 +151,22 @@ def test_undone_attempts_are_dropped_too() -> None:
     image = StateImage({})
     outcome = Outcome(image, (Verdict(Action.COMMIT, 0), Verdict(Action.ROLLBACK, 1, undone=(0,))))
     assert outcome.refused == {1} and outcome.dropped == {0, 1}
+
+
+def on_ranks(rank: int, world: int) -> list[str]:
+    """A leak on rank 1 only, and ranks that refuse different batches: both must be told on every rank."""
+    said = []
+    for leak, refuse in ((rank == 1, (2,)), (False, (1 + rank,))):
+        try:
+            assert_golden_twin(
+                lambda skip, guarded, leak=leak, refuse=refuse: loop(skip, guarded, refuse=refuse, leak=leak)
+            )
+        except NotTheTwin as error:
+            said.append(str(error))
+    return said
+
+
+def test_every_rank_hears_of_a_difference_on_any(two: harness.Pool) -> None:
+    for leak, different in two.run(on_ranks):
+        assert "rank 1: buffer 1.running_mean" in leak and "rank 0" not in leak
+        assert "the ranks dropped different attempts: {0: [1], 1: [2]}" in different
