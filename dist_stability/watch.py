@@ -79,10 +79,13 @@ class Watch:
         return self._bounded(self._read_note)
 
     def explain(self) -> tuple[str, tuple[int, ...]]:
-        """Say who kept this rank waiting: (one line, global ranks). Takes about two publishing intervals.
+        """Say who kept this rank waiting: (one line, global ranks). Without a note it takes two publishing intervals.
 
         What is found out is left as a note: whoever asks later would find the ranks that asked first gone as well.
         """
+        noted = self.failure()
+        if noted is not None:
+            return noted
         attempt, phase, _ = self._position
         self._position = (attempt, phase, True)
         self._bounded(self._publish)

@@ -90,6 +90,8 @@ def parse_options(arguments: Sequence[str] | None = None, world_size: int | None
         values.parallel = "ddp" if world > 1 else "single"
     if values.device == "auto":
         values.device = "cuda" if torch.cuda.is_available() else "cpu"
+    if values.warmup is None:
+        values.warmup = min(20, values.steps)
     for problem in _problems(values, world, launched):
         parser.error(problem)
     values.epsilon = 0.5 if values.epsilon is None else values.epsilon
@@ -225,7 +227,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     how.add_argument("--lr", type=positive, default=2e-3, help="peak learning rate")
     how.add_argument("--weight-decay", type=real, default=0.01, help="weight decay")
-    how.add_argument("--warmup", type=whole, default=20, help="accepted steps of linear warm-up")
+    how.add_argument("--warmup", type=whole, help="accepted steps of linear warm-up (default: 20, or all if fewer)")
     how.add_argument("--schedule", choices=("constant", "cosine"), default="cosine", help="after the warm-up")
     how.add_argument("--clip-grad-norm", type=real, default=0.0, metavar="NORM", help="global norm; 0 is off")
 
