@@ -6,8 +6,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
-PHASES = ("gradients", "veto vote", "step", "after step", "probe", "vote", "copy", "restore", "done")
-"""The phases of a guarded step, in order; see the controller's phase listeners."""
+from dist_stability import watch
+
+PHASES = watch.PHASES[1:]
+"""The phases of a guarded step, in order ("training" lies between steps); see the controller's phase listeners."""
 
 LOSS_PHASES = ("loss before forward", "loss in forward", "loss after forward")
 """Places inside the probe's loss function; reached through :meth:`FaultInjector.wrap_loss` only."""
