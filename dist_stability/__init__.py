@@ -5,15 +5,20 @@ optimizer never trains on measures them, all ranks vote, and the whole job commi
 the state it had. Start with :class:`StabilityController`.
 """
 
+from .cadence import AdaptiveCadence
 from .controller import StabilityController
 from .errors import LockstepError, SnapshotError, StabilityError, StabilityStop
+from .escalation import Escalation
 from .guards import GradientNormGuard, NonFiniteGuard
 from .rules import FixedInnovation, PredictiveInnovation
+from .rules.trend import SlowDivergence
 from .signals import LossProbe
 from .verdict import Action, Judgement, Verdict
 
 __all__ = [
     "Action",
+    "AdaptiveCadence",
+    "Escalation",
     "FixedInnovation",
     "GradientNormGuard",
     "Judgement",
@@ -21,6 +26,7 @@ __all__ = [
     "LossProbe",
     "NonFiniteGuard",
     "PredictiveInnovation",
+    "SlowDivergence",
     "SnapshotError",
     "StabilityController",
     "StabilityError",

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from .signals import Gradients
+from .signals import Gradients, SignalValues, StepContext, verdict_values
 from .snapshot import Digests, StatePlan
 from .verdict import Action, Judgement, Verdict
 from .vote import Ballot
@@ -40,6 +40,10 @@ class Attempt:
         norm: Global gradient norm before clipping, once the host knows it.
         overflow_flags: This rank's found_inf of each optimizer, with a scaler.
         overflow: Agreed: the scaled gradients of every optimizer overflowed.
+        learning_rate: Largest announced learning rate of this step, None if nobody vouches for one.
+        rate_factor: What the ladder multiplies the learning rates of this step by.
+        context: What the signals look at, if they are read at this attempt.
+        signals: What they measured, once all ranks know it.
         seconds: Host time by part.
     """
 
@@ -59,6 +63,10 @@ class Attempt:
     norm: float | None = None
     overflow_flags: list[torch.Tensor] = field(default_factory=list)
     overflow: bool = False
+    learning_rate: float | None = None
+    rate_factor: float = 1.0
+    context: StepContext | None = None
+    signals: SignalValues = field(default_factory=SignalValues)
     seconds: dict[str, float] = field(default_factory=dict)
 
     @contextmanager
@@ -73,7 +81,7 @@ class Attempt:
 
 @dataclass(frozen=True, slots=True)
 class Decision:
-    """What the ranks agreed to do, before it is done."""
+    """What the ranks agreed to do, before it is done. ``fatal``: every rank's optimizer raised this."""
 
     action: Action
     signal: str = ""
@@ -81,6 +89,8 @@ class Decision:
     rank: int = 0
     judgement: Judgement | None = None
     measurement: float | None = None
+    confirmation: float | None = None
+    fatal: BaseException | None = None
 
 
 def event_of(attempt: Attempt, verdict: Verdict, decision: Decision, steps: int) -> dict[str, Any]:
@@ -105,10 +115,19 @@ def event_of(attempt: Attempt, verdict: Verdict, decision: Decision, steps: int)
         "bound": verdict.bound,
         "prediction": prediction,
         "gradient_norm": attempt.norm,
+        "learning_rate_factor": attempt.rate_factor,
         "action": str(verdict.action),
         "would": None if verdict.would is None else str(verdict.would),
         "undone": list(verdict.undone),
         "reason": verdict.reason,
+        "rung": verdict.rung,
+        "pattern": verdict.pattern,
+        "warning": verdict.warning,
+        "signals": {
+            **attempt.signals.values,
+            **verdict_values(verdict.innovation, verdict.bound, attempt.norm),
+        },
+        "where": dict(attempt.signals.where),
         "seconds": attempt.seconds,
     }
 

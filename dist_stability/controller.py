@@ -2,13 +2,14 @@
 
 One attempt runs like this on every rank (* marks what involves the other ranks)::
 
-    first training forward          RNG and buffers are copied
+    first training forward          RNG and buffers are copied                                        (recovery.py)
     entry of step()                 per-group values, schedulers, GradScaler, extra_state are copied
-                                    guards look at the gradients, *vote on a veto       (veto.py)
+                                    guards look at the gradients, *vote on a veto                     (veto.py)
     optimizer.step()                the proposal
-    after it                        *probe, *vote, the rule judges
-                                    commit: parameters and optimizer state are copied   (recovery.py)
-                                    refusal: *everything above is restored, in place
+    after it                        *probe, *vote, the rule judges                                    (judging.py)
+                                    commit: parameters and optimizer state are copied                 (settlement.py)
+                                    refusal: *everything above is restored, in place, and the ladder
+                                    says what else is done about it                                   (escalation.py)
 
 Every rank enters the same collectives in the same order whatever it measured. So a rank can only be late or gone, or
 hold a number that should be equal on all ranks and is not; the first is found by a timeout, the second by the vote,
@@ -21,7 +22,6 @@ import contextlib
 import hashlib
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import replace
 from types import TracebackType
 from typing import Any
 
@@ -32,24 +32,30 @@ from torch.optim import Optimizer
 
 from . import parallel
 from .attempt import Attempt, Decision, PhaseListener, Phases, event_of, one_line
-from .errors import LockstepError, StabilityError
-from .escalation import RefusalBudget
+from .cadence import Cadence, FixedCadence
+from .errors import LockstepError, StabilityError, StabilityStop
+from .escalation import Escalation, Ladder, Rung
 from .guards import Guard
 from .hooks import FirstForward, OptimizerHooks
+from .judging import Judging
+from .learning_rate import RateCut, announced
+from .ledger import Ledger
 from .measuring import Measuring
 from .recovery import Recovery
-from .rules import Guarantees, PredictiveInnovation, Rule, settings_of, supports_deep
-from .signals import Gradients, LossProbe, Reading
-from .snapshot import StatePlan
+from .replay import BatchWindow, Replay
+from .rules import Guarantees, PredictiveInnovation, Rule, settings_of
+from .rules.panel import Panel, Trend
+from .rules.trend import SlowDivergence
+from .settlement import Outcome, Settlement
+from .signals import Gradients, LossProbe, Monitor, Signal, StepContext
 from .startup import agree_on_replicas, agree_on_settings, make_vote, world_of
 from .validation import check_not_fused_into_backward, check_optimizers, check_parts, check_scaler, check_settings
 from .verdict import Action, Verdict
 from .veto import VetoStage
-from .vote import Ballot, Tally, bits, from_bits
+from .vote import bits
 from .watch import is_transport_error
 
-ANCHOR_EVERY = 8
-"""Commits between two anchors. Two are kept, so a deep restore goes 8 to 16 commits back."""
+_DEFAULT_TREND: Any = object()
 
 
 class StabilityController:
@@ -64,14 +70,22 @@ class StabilityController:
         guards: Look at the gradients before the step; their "no" is a veto.
         extra_state: By name, what else belongs to the state: schedulers, an EMA, anything with ``state_dict`` and
             ``load_state_dict``. Deep-copied on entry of every step, so keep it small.
-        every: Judge attempts t with (t + 1) % every == 0. The others are accepted as ``unjudged``; a refusal takes
-            them back.
+        every: Judge attempts t with (t + 1) % every == 0, or when an :class:`AdaptiveCadence` says so. The others are
+            accepted as ``unjudged``; a refusal takes them back (:meth:`batches` gives back what was good in them).
         mode: "enforce", or "observe": probe, vote and log what would be done, but always accept.
         probe_on: "rank0" measures with rank 0's batches; "mean" gives each data replica its own part of them.
         process_group: Ranks that train this model; default all.
         timeout: Seconds after which a wait for other ranks ends with :class:`LockstepError`.
         replica_check_every: Compare the bits of replicated state at every this many judged attempts; 0 never.
-        max_refusals_in_row: Stop with :class:`StabilityStop` after this many refusals without an accepted step.
+        signals: What else to measure and log at judged attempts, beside what is free: ``UpdateRms()``, ``GroupNorms()``
+            and others of :mod:`dist_stability.signals`. They ride in the vote.
+        confirm: A second probe, disjoint from the first: a step is then refused only if both refuse it.
+        trend: Watches committed measurements for slow divergence; None for not at all.
+        escalation: When to do more about refusals than to skip, and when to stop.
+        anchors: Older states kept for deep rollbacks, 8 commits apart (a host copy each); none are kept for a rule that
+            cannot continue from them.
+        reload: Loads the last persisted state in place (model, optimizer and everything else the loop resumes from),
+            on all ranks together; returns the attempt it belongs to, or None. The ladder's last rung before a stop.
         on_event: Called on every rank with one dict for each verdict.
 
     Use it as a context manager around the loop: an exception in the loop then leaves the other ranks a note that says
@@ -100,43 +114,51 @@ class StabilityController:
         guards: Sequence[Guard] = (),
         extra_state: Mapping[str, Any] | None = None,
         *,
-        every: int = 1,
+        every: int | Cadence = 1,
         mode: str = "enforce",
         probe_on: str = "rank0",
+        signals: Sequence[Signal] = (),
+        confirm: LossProbe | None = None,
+        trend: Trend | None = _DEFAULT_TREND,
+        escalation: Escalation | None = None,
+        anchors: int = 2,
+        reload: Callable[[], int | None] | None = None,
         process_group: dist.ProcessGroup | None = None,
         timeout: float = 60.0,
         replica_check_every: int = 1,
-        max_refusals_in_row: int = 256,
         on_event: Callable[[dict[str, Any]], None] | None = None,
     ) -> None:
         """Check the arguments, agree on them with the other ranks, measure y(theta_0), take the first snapshot."""
         rule = PredictiveInnovation() if rule is None else rule
+        trend = SlowDivergence() if trend is _DEFAULT_TREND else trend
         optimizers = check_optimizers(optimizer)
-        guards, self._extra_state = check_parts(model, probe, rule, guards, extra_state)
-        check_settings(every, mode, probe_on, timeout, replica_check_every, max_refusals_in_row)
-        self.model, self.rule, self.every, self.mode = model, rule, every, mode
+        guards, self._extra_state = check_parts(model, probe, rule, guards, extra_state, confirm, trend, reload)
+        check_settings(every, mode, probe_on, timeout, replica_check_every, anchors, escalation)
+        self.model, self.rule, self.mode = model, rule, mode
+        self.cadence = FixedCadence(every) if isinstance(every, int) else every
+        self._enforced = mode == "enforce"
         self._optimizers = optimizers
         self._timeout, self._probe_on, self._replica_check_every = float(timeout), probe_on, replica_check_every
         self._on_event = on_event
-        self._budget = RefusalBudget(max_refusals_in_row)
+        self._ladder = Ladder(escalation)
+        self._panel = Panel(rule, confirm is not None, trend)
+        self._monitor = Monitor(signals)
         self._guarantees = Guarantees()
+        self._ledger = Ledger()
         self._phases = Phases(None)
-        anchors = 2 if supports_deep(rule) else 0
-        self._recovery = Recovery(
-            model, optimizers, self._extra_state, len(world_of(process_group)), anchors, self._phases
-        )
-        self._measuring = Measuring(model, probe, probe_on)
+        self._anchors, self._reloadable = anchors, reload is not None
+        kept = anchors if self._panel.supports_deep else 0
+        world = len(world_of(process_group))
+        self._recovery = Recovery(model, optimizers, self._extra_state, world, kept, self._phases)
+        self._measuring = Measuring(model, probe, probe_on, confirm)
+        self._rates = RateCut(optimizers)
+        self._said_rate: float | None = None
 
-        self._attempt = 0
-        self._steps = 0
-        self._commits = 0
-        self._pending: list[int] = []
-        self._accepted: list[int] = []
-        self._history = 0
         self._open: Attempt | None = None
         self._verdict: Verdict | None = None
         self._hooks: OptimizerHooks | None = None
         self._withheld: list[tuple[torch.Tensor, torch.Tensor | None]] = []
+        self._replay: Replay | None = None
         self._closed = False
 
         # From here on other ranks are involved.
@@ -144,8 +166,33 @@ class StabilityController:
         self._vote, self._phases.watch = make_vote(process_group, device, self._timeout)
         self._veto = VetoStage(guards, optimizers, self._vote, self._phases)
         # In observe mode nothing is ever restored, so nothing needs to be captured.
-        heard = (model, parallel.forward_module(model)) if mode == "enforce" else ()
+        heard = (model, parallel.forward_module(model)) if self._enforced else ()
         self._first_forward = FirstForward(heard, self._capture_forward)
+        self._measuring.join(self._vote, self._phases, self._first_forward)
+        self._judging = Judging(
+            self._measuring,
+            self._panel,
+            self._ladder,
+            self._veto,
+            self._recovery,
+            self._vote,
+            self._phases,
+            self._monitor,
+            self._enforced,
+        )
+        self._settlement = Settlement(
+            self._recovery,
+            self._judging,
+            self._panel,
+            self._ladder,
+            self._guarantees,
+            self._ledger,
+            self._veto,
+            self._vote,
+            replica_check_every > 0,
+            reload,
+            self._identify_batch,
+        )
         try:
             with self._noted():
                 agree_on_settings(self._vote, self._settings())
@@ -161,6 +208,7 @@ class StabilityController:
         grad_norm: float | torch.Tensor | None = None,
         scaler: torch.amp.GradScaler | None = None,
         closure: Callable[[], Any] | None = None,
+        loss: float | torch.Tensor | None = None,
     ) -> Verdict:
         """Step the optimizer(s), judge the proposal, and commit or undo it on every rank. Call it after backward.
 
@@ -169,6 +217,7 @@ class StabilityController:
             scaler: The GradScaler that scaled the loss. It is unscaled, stepped and **updated** here: do not call its
                 ``update()``.
             closure: Runs forward and backward; called once, with autograd on.
+            loss: Training loss of this step on this rank, for the log; what the closure returns if not given.
 
         Returns:
             The verdict, equal on every rank.
@@ -189,8 +238,9 @@ class StabilityController:
         with self._noted():
             if closure is not None:
                 with torch.enable_grad():
-                    closure()
-            attempt = self._open_attempt(grad_norm, scaler)
+                    returned = closure()
+                loss = returned if loss is None else loss
+            attempt = self._open_attempt(grad_norm, scaler, loss)
             self._propose(attempt)
             return self._close_attempt()
 
@@ -242,23 +292,53 @@ class StabilityController:
         if isinstance(error, Exception) and not isinstance(error, LockstepError):
             if self._phases.watch is not None and is_transport_error(error):
                 # A collective of the loop's own lost its peers; it names nobody, the watch does.
-                lost = self._vote.lost(self._attempt, error)
+                lost = self._vote.lost(self._ledger.attempt, error)
             else:
                 self._note(error)
         self.close()
         if lost is not None:
             raise lost from error
 
+    def batches(self, loader: Iterable[Any], *, accumulate: int = 1, max_bytes: int = 1 << 30) -> Iterator[Any]:
+        """The loader's batches; after a refusal, those that were taken back, again.
+
+        Between two judged attempts the batches are kept on the host. A refusal then costs only the guilty one: the
+        others are replayed one by one, each with a probe, and the run equals the one that never saw it, bit for bit.
+        After a cut of the learning rate the refused batch is tried once more.
+
+        Args:
+            loader: Gives batches: tensors, or trees of them; on all ranks equally many.
+            accumulate: Micro-batches in an attempt: how many batches the loop takes from one ``step()`` to the next.
+            max_bytes: Host memory for the kept batches.
+
+        Not promised: a loader that draws from the global random streams does not draw again for a replayed batch.
+
+        Raises:
+            TypeError, ValueError: A bad argument, or ``max_bytes`` is too small for the batches between two probes.
+        """
+        if not self._enforced:
+            return iter(loader)
+        if self._replay is None:
+            self._replay = Replay(BatchWindow(max_bytes), self.cadence.most)
+        return self._replay.batches(loader, accumulate)
+
+    def announce(self, learning_rate: float | None) -> None:
+        """Vouch for a learning rate that the loop sets by itself, without a scheduler in ``extra_state``.
+
+        A jump of the learning rate moves the probe, and one that was announced is no fault. Call it on every rank
+        before ``step()``, with the largest learning rate over the groups; it holds until the next call.
+        """
+        self._said_rate = None if learning_rate is None else float(learning_rate)
+
     def state_dict(self) -> dict[str, Any]:
-        """What a checkpoint keeps beside model and optimizer: counters, the rule's and guards' memory, budgets."""
+        """What a checkpoint keeps beside model and optimizer: counters, the memory of rule and guards, budgets."""
         return {
-            "attempt": self._attempt,
-            "steps": self._steps,
-            "commits": self._commits,
-            "history": self._history,
-            "rule": self.rule.state_dict(),
+            **self._ledger.state_dict(),
+            "panel": self._panel.state_dict(),
             "guards": [guard.state_dict() for guard in self._veto.guards],
-            "budget": self._budget.state_dict(),
+            "ladder": self._ladder.state_dict(),
+            "cadence": self.cadence.state_dict(),
+            "signals": self._monitor.state_dict(),
             "guarantees": self._guarantees.state_dict(),
         }
 
@@ -270,31 +350,37 @@ class StabilityController:
         guards = self._veto.guards
         if len(state["guards"]) != len(guards):
             raise ValueError(f"guards: the checkpoint has {len(state['guards'])}, this controller {len(guards)}")
-        self.rule.load_state_dict(state["rule"])
+        self._panel.load_state_dict(state["panel"])
         for guard, saved in zip(guards, state["guards"], strict=True):
             guard.load_state_dict(saved)
-        self._budget.load_state_dict(state["budget"])
+        self._ladder.load_state_dict(state["ladder"])
+        self.cadence.load_state_dict(state["cadence"])
+        self._monitor.load_state_dict(state["signals"])
         self._guarantees.load_state_dict(state["guarantees"])
-        self._attempt, self._steps, self._commits = (int(state[name]) for name in ("attempt", "steps", "commits"))
-        self._history = int(state["history"])
-        self._phases.attempt = self._attempt
-        self._pending, self._accepted = [], []
+        self._ledger.load_state_dict(state)
+        self._phases.attempt = self._ledger.attempt
+        if self._replay is not None:
+            self._replay.forget()
         self._recovery.mark_stale()
         self._first_forward.arm()
 
     # ------------------------------------------------------------------ construction
 
     def _settings(self) -> dict[str, Any]:
+        probes = [probe.describe() for probe in (self._measuring.probe, self._measuring.confirm) if probe is not None]
         return {
-            "every": self.every,
+            "every": self.cadence.settings(),
             "mode": self.mode,
             "probe_on": self._probe_on,
             "timeout": self._timeout,
             "replica_check_every": self._replica_check_every,
-            "max_refusals_in_row": self._budget.limit,
-            "rule": settings_of(self.rule),
+            "escalation": str(self._ladder.settings),
+            "anchors": self._anchors,
+            "reload": self._reloadable,
+            **self._panel.settings(),
             "guards": [settings_of(guard) for guard in self._veto.guards],
-            "probe": self._measuring.probe.describe(),
+            "probe": probes,
+            "signals": self._monitor.settings(),
             "extra_state": sorted(self._extra_state),
             "model and optimizer": self._recovery.plan.signature,
         }
@@ -302,23 +388,10 @@ class StabilityController:
     def _start(self) -> None:
         """Measure y(theta_0), check that replicas start equal, and take the first snapshot."""
         plan = self._recovery.plan
-        checksums: Mapping[tuple[int, ...], torch.Tensor] = {}
-        if self._replica_check_every:
+        compare = self._replica_check_every > 0
+        if compare:
             self._vote.replica_groups = agree_on_replicas(self._vote, plan.residences)
-            checksums = plan.digests(plan.tensors())
-        reading = self._measure(-1)
-        ballot = Ballot(
-            no=reading.error is not None,
-            measurement=reading.value,
-            weight=self._measuring.weight(self._vote),
-            agree={"point of the protocol": 0},
-            checksums=checksums,
-        )
-        tally = self._vote.cast(ballot, -1)
-        if tally.no:
-            said = self._vote.gather(one_line(reading.error), -1)
-            text = "; ".join(f"rank {rank}: {reason}" for rank, reason in said.items() if reason is not None)
-            raise StabilityError(f"the probe failed on the initial weights: {text}") from reading.error
+        tally, second = self._judging.start(plan, compare)
         if tally.split_replicas:
             raise LockstepError(
                 f"ranks {tally.split_replicas} should hold the same weights and optimizer state, but their bits differ "
@@ -326,52 +399,67 @@ class StabilityController:
                 f"replica_check_every=0",
                 ranks=sorted({rank for ranks in tally.split_replicas for rank in ranks}),
             )
-        if not math.isfinite(tally.measurement):
-            raise StabilityError(
-                f"the probe measures {tally.measurement} on the initial weights, so there is nothing to compare a "
-                f"proposal with: check loss_fn, the probe batches and the initialization"
-            )
+        for name, value in (("probe", tally.measurement), ("second probe", second)):
+            if value is not None and not math.isfinite(value):
+                raise StabilityError(
+                    f"the {name} measures {value} on the initial weights, so there is nothing to compare a proposal "
+                    f"with: check loss_fn, the probe batches and the initialization"
+                )
         self._guarantees.committed(tally.measurement)
-        self.rule.commit(tally.measurement)
-        if self.mode == "enforce":
-            self._recovery.commit(plan, -1, None)
+        self._panel.start(tally.measurement, second)
+        if self._enforced:
+            self._recovery.commit(plan, -1, tally.measurement)
         self._phases.enter("training")
 
     # ------------------------------------------------------------------ one attempt
 
     def _capture_forward(self) -> None:
-        self._recovery.capture_forward(self._attempt, bool(self._pending))
+        self._recovery.capture_forward(self._ledger.attempt, bool(self._ledger.pending))
 
-    def _open_attempt(self, grad_norm: Any = None, scaler: Any = None) -> Attempt:
+    def _open_attempt(self, grad_norm: Any = None, scaler: Any = None, loss: Any = None) -> Attempt:
         """Everything before the optimizer runs."""
+        index = self._ledger.attempt
         if self._closed:
             raise RuntimeError("step(): the controller is closed")
         if self._open is not None:
             raise RuntimeError(f"attempt {self._open.index} is still open: an optimizer step did not complete")
         check_not_fused_into_backward(self._optimizers)
-        enforced = self.mode == "enforce"
-        if enforced and not self._first_forward.captured:
+        if self._enforced and not self._first_forward.captured:
             raise StabilityError(
-                f"attempt {self._attempt}: no training forward of the model was seen since the last verdict, so RNG "
+                f"attempt {index}: no training forward of the model was seen since the last verdict, so RNG "
                 f"and buffers could not be restored. Call the model that the controller was given (not a method of it, "
                 f"nor a copy), or give the controller the module that you call."
             )
         scaler = check_scaler(scaler)
         self._phases.enter("gradients")
         gradients = Gradients(self._recovery.plan.parameters, grad_norm)
-        judged = (self._attempt + 1) % self.every == 0
-        attempt = Attempt(self._attempt, judged, gradients, self._agreement(gradients), scaler)
-        if enforced:
-            self._recovery.capture_entry(scaler, bool(self._pending))
+        judged = self.cadence.judged(index) or (self._replay is not None and self._replay.queue.must_judge)
+        attempt = Attempt(index, judged, gradients, self._agreement(gradients, judged), scaler)
+        self._look_at_rates(attempt)
+        if self._enforced:
+            self._recovery.capture_entry(scaler, bool(self._ledger.pending))
         with attempt.timed("guards"):
             self._veto.look(attempt)
-            if enforced:
+            if self._enforced:
                 self._veto.agree(attempt)
             else:
                 attempt.vetoed = False
         self._open = attempt
         self._phases.enter("step")
+        if not attempt.vetoed:
+            self._rates.apply(attempt.rate_factor)
+        if judged:
+            attempt.context = StepContext(gradients, self._optimizers, loss, scaler)
+            with attempt.timed("signals"):
+                self._monitor.before_step(attempt.context)
         return attempt
+
+    def _look_at_rates(self, attempt: Attempt) -> None:
+        attempt.rate_factor = self._ladder.learning_rate_factor if self._enforced else 1.0
+        rate = self._said_rate
+        if rate is None:
+            rate = announced(self._optimizers, self._extra_state.values())
+        attempt.learning_rate = None if rate is None else rate * attempt.rate_factor
 
     def _propose(self, attempt: Attempt) -> None:
         """Step the optimizers, unless the host knows of a veto."""
@@ -386,7 +474,8 @@ class StabilityController:
                         optimizer.step()
             except Exception as error:
                 # Judged, it is a vote: the other ranks have stepped, and all go back together.
-                if not attempt.judged or self.mode != "enforce":
+                if not attempt.judged or not self._enforced:
+                    self._rates.undo()
                     self._open = None
                     raise
                 attempt.step_error = error
@@ -397,220 +486,118 @@ class StabilityController:
         if attempt is None:
             raise RuntimeError("an optimizer step ended that never began: was the controller attached inside a step?")
         self._open = None
+        if attempt.context is not None and not attempt.vetoed:
+            with attempt.timed("signals"):
+                self._monitor.after_step(attempt.context)
+        self._rates.undo()
         self._veto.stepped()
-        if attempt.overflow:
-            decision = Decision(Action.SCALER_SKIP, "scaler", "the scaled gradients overflowed")
-        elif attempt.vetoed and not attempt.judged:
-            decision = self._veto.explain(attempt)
-        else:
-            self._phases.enter("after step")
-            decision = self._judge(attempt) if attempt.judged else self._leave_unjudged(attempt)
-        return self._carry_out(attempt, decision)
-
-    def _leave_unjudged(self, attempt: Attempt) -> Decision:
-        if attempt.error is not None and self.mode == "enforce":
-            raise attempt.error
-        if attempt.vetoed is None:
-            self._veto.read(attempt)
-            attempt.vetoed = bool(attempt.flag)
-        return self._veto.explain(attempt) if attempt.vetoed else Decision(Action.UNJUDGED)
-
-    def _judge(self, attempt: Attempt) -> Decision:
-        """Probe, vote, and let the rule judge."""
-        with attempt.timed("probe"):
-            attempt.plan = plan = self._recovery.proposal_plan()
-            replan = plan is not self._recovery.plan
-            if self._checks_replicas(attempt.index):
-                attempt.digests = plan.digests(plan.tensors())
-            reading = self._measure(attempt.index)
-        first = attempt.pre_vote is None
-        error = (attempt.error if first else None) or attempt.step_error or reading.error
-        with attempt.timed("vote"):
-            self._phases.enter("vote")
-            ballot = Ballot(
-                no=error is not None,
-                veto=attempt.flag if first else False,
-                replan=replan,
-                measurement=reading.value,
-                weight=self._measuring.weight(self._vote),
-                square_sum=attempt.gradients.square_sum if first and attempt.gradients.caller_norm is None else None,
-                agree={**attempt.agree, "point of the protocol": 2},
-                checksums=attempt.digests or {},
-            )
-            vector = self._vote.reduce(self._vote.pack(ballot), attempt.index)
-            if attempt.vetoed is None and self._veto.read(attempt) is not None:
-                attempt.vetoed = bool(attempt.flag)
-            tally = self._vote.read(vector, ballot, attempt.index)
-        if "gradient norm" in tally.agreed:
-            attempt.norm = from_bits(tally.agreed["gradient norm"])
-        elif tally.gradient_norm is not None:
-            attempt.norm = tally.gradient_norm
-        if tally.replan and not replan:
-            attempt.plan = StatePlan.build(self.model, self._optimizers, self._vote.world)
-            attempt.digests = None
-        attempt.vetoed = bool(attempt.vetoed) or (tally.veto > 0 and tally.no == 0)
-        if not attempt.vetoed:
-            return self._decide(attempt, tally, error, attempt.norm)
-        # Nothing was proposed now; what was measured is what stands. If that is refused (a fault in unjudged attempts,
-        # or weights that somebody else damaged), it is restored, or the guards would veto everything for ever.
-        standing = self._decide(attempt, tally, error, None)
-        if standing.action.refused and self.mode == "enforce":
-            return standing
-        veto = self._veto.explain(attempt)
-        return replace(veto, measurement=tally.measurement) if self.mode == "observe" else veto
-
-    def _decide(self, attempt: Attempt, tally: Tally, error: BaseException | None, norm: float | None) -> Decision:
-        if tally.no:
-            said = self._vote.gather(one_line(error), attempt.index)
-            failed = {rank: text for rank, text in said.items() if text is not None}
-            if attempt.step_error is not None and len(failed) == self._vote.world and self.mode == "enforce":
-                # The optimizer fails everywhere: a fault of the program, not of one rank. Nothing is lost by it.
-                self._restore(attempt, deep=False)
-                raise attempt.step_error
-            reason = "; ".join(f"rank {rank}: {text}" for rank, text in failed.items())
-            return Decision(Action.ROLLBACK, "error", reason, min(failed, default=0))
-        if tally.split_replicas:
-            ranks = self._vote.name_split(tally, attempt.digests or {}, attempt.index)
-            reason = f"replicas of the same state differ in their bits: ranks {ranks}"
-            return Decision(Action.ROLLBACK, "replica", reason, ranks[0], None, tally.measurement)
-        judgement = self.rule.judge(tally.measurement, norm)
-        if judgement.accepted:
-            action = Action.COMMIT
-        else:
-            deep = judgement.deep and len(self._recovery.ring.anchors) == 2
-            action = Action.DEEP_ROLLBACK if deep else Action.ROLLBACK
-        return Decision(action, "probe", judgement.reason, self._vote.ranks[0], judgement, tally.measurement)
-
-    def _carry_out(self, attempt: Attempt, decision: Decision) -> Verdict:
-        """Do what was decided, remember it, and tell whoever listens."""
-        action, would = decision.action, None
-        undone: tuple[int, ...] = ()
-        if self.mode == "observe":
-            would = action
-            action = action if action is Action.SCALER_SKIP else Action.COMMIT if attempt.judged else Action.UNJUDGED
-            self._observe(attempt, decision)
-        elif action is Action.COMMIT:
-            self._commit(attempt, decision)
-        elif action is Action.UNJUDGED:
-            self._accept(attempt)
-            self._pending.append(attempt.index)
-        elif action is Action.VETO:
-            self._recovery.undo_forward(attempt.scaler)
-        elif action.refused:
-            action, undone = self._roll_back(attempt, decision)
-        if attempt.vetoed and action.refused:
-            for guard in self._veto.guards:
-                guard.reject(attempt.norm)
-        if attempt.scaler is not None and not action.refused:
+        decision = self._decide(attempt)
+        settle = self._settlement.settle if self._enforced else self._settlement.observe
+        outcome = settle(attempt, decision)
+        # After a refusal the scaler is as it was before; a shorter step is taken from that state, too.
+        if attempt.scaler is not None and outcome.action in (Action.COMMIT, Action.UNJUDGED, Action.SCALER_SKIP):
             attempt.scaler.update()
+        return self._finish(attempt, decision, outcome)
+
+    def _decide(self, attempt: Attempt) -> Decision:
+        if attempt.overflow:
+            return Decision(Action.SCALER_SKIP, "scaler", "the scaled gradients overflowed")
+        if attempt.vetoed and not attempt.judged:
+            return self._veto.explain(attempt)
+        self._phases.enter("after step")
+        if not attempt.judged:
+            return self._judging.unjudged(attempt)
+        self._ledger.judged += 1
+        steps = len(self._ledger.pending) + 1
+        return self._judging.judge(attempt, steps, self._compares_replicas())
+
+    def _finish(self, attempt: Attempt, decision: Decision, outcome: Outcome) -> Verdict:
+        """Remember the attempt, and tell whoever listens."""
+        judgement = outcome.judgement
         verdict = Verdict(
-            action=action,
+            action=outcome.action,
             step=attempt.index,
-            undone=undone,
-            would=would,
+            undone=outcome.undone,
+            would=None if self._enforced else decision.action,
             signal=decision.signal,
-            measurement=decision.measurement,
-            innovation=None if decision.judgement is None else decision.judgement.innovation,
-            bound=None if decision.judgement is None else decision.judgement.bound,
-            reason=decision.reason,
+            measurement=outcome.measurement,
+            innovation=None if judgement is None else judgement.innovation,
+            bound=None if judgement is None else judgement.bound,
+            reason=outcome.reason,
+            rung=outcome.rung,
+            pattern=outcome.pattern,
+            warning=outcome.warning,
         )
-        self._finish(attempt, verdict, decision)
-        return verdict
-
-    def _accept(self, attempt: Attempt) -> None:
-        self._accepted.append(attempt.index)
-        self._steps += 1
-        for guard in self._veto.guards:
-            guard.commit(attempt.norm)
-
-    def _commit(self, attempt: Attempt, decision: Decision) -> None:
-        measurement = decision.measurement
-        assert attempt.plan is not None and decision.judgement is not None and measurement is not None
-        self._guarantees.committed(measurement, decision.judgement)
-        self.rule.commit(measurement, attempt.norm)
-        self._accept(attempt)
-        self._commits += 1
-        self._pending = []
-        anchor = None
-        if self._commits % ANCHOR_EVERY == 0 and supports_deep(self.rule):
-            anchor = self.rule.anchor()  # type: ignore[attr-defined]
-        with attempt.timed("copy"):
-            self._recovery.commit(attempt.plan, attempt.index, anchor, attempt.digests)
-        oldest = min(slot.attempt for slot in (self._recovery.ring.safe, *self._recovery.ring.anchors))
-        self._accepted = [index for index in self._accepted if index > oldest]
-
-    def _observe(self, attempt: Attempt, decision: Decision) -> None:
-        if decision.action is Action.SCALER_SKIP:
-            return
-        if decision.measurement is not None and math.isfinite(decision.measurement):
-            self.rule.commit(decision.measurement, attempt.norm)
-            self._guarantees.committed(decision.measurement)
-        self._accept(attempt)
-        self._accepted = []
-        self._commits += attempt.judged
-        if attempt.plan is not None:
-            self._recovery.plan = attempt.plan
-
-    def _roll_back(self, attempt: Attempt, decision: Decision) -> tuple[Action, tuple[int, ...]]:
-        """Restore, and settle what was taken back: (what was done, earlier attempts undone by it)."""
-        if decision.judgement is not None and decision.measurement is not None:
-            self.rule.reject(decision.measurement, None if attempt.vetoed else attempt.norm)
-        with attempt.timed("restore"):
-            return self._restore(attempt, deep=decision.action is Action.DEEP_ROLLBACK)
-
-    def _restore(self, attempt: Attempt, deep: bool) -> tuple[Action, tuple[int, ...]]:
-        ring, safe = self._recovery.ring, self._recovery.ring.safe
-        wanted = ring.anchors[0] if deep else safe
-        replicas = self._replica_check_every > 0
-        slot = self._recovery.restore(attempt, wanted, self._vote, self._guarantees, replicas)
-        undone = tuple(index for index in self._accepted if index > slot.attempt)
-        self._accepted = [index for index in self._accepted if index <= slot.attempt]
-        self._steps -= len(undone)
-        self._pending = []
-        if slot is safe and not deep:
-            return Action.ROLLBACK, undone
-        ring.fall_back(slot)
-        if slot.rule_anchor is not None:
-            self.rule.deep(slot.rule_anchor)  # type: ignore[attr-defined]
-        return Action.DEEP_ROLLBACK, undone
-
-    def _finish(self, attempt: Attempt, verdict: Verdict, decision: Decision) -> None:
         self._verdict = verdict
-        norm = "" if attempt.norm is None else attempt.norm.hex()
-        entry = f"{self._history} {verdict.step} {verdict.action} {verdict.would} {norm}"
-        self._history = int.from_bytes(hashlib.blake2b(entry.encode(), digest_size=8).digest(), "little")
         self._first_forward.arm()
         self._phases.enter("done")
+        self._record_cadence(attempt, verdict, decision)
+        if self._replay is not None:
+            self._replay.settle(verdict)
         if self._on_event is not None:
-            self._on_event(event_of(attempt, verdict, decision, self._steps))
-        self._attempt += 1
-        self._phases.attempt = self._attempt
+            self._on_event(event_of(attempt, verdict, decision, self._ledger.steps))
+        self._ledger.close(verdict, attempt.norm)
+        self._phases.attempt = self._ledger.attempt
         self._phases.enter("training")
-        self._budget.record(verdict)
+        if verdict.rung == Rung.STOP:
+            self._stop(verdict)
+        return verdict
+
+    def _record_cadence(self, attempt: Attempt, verdict: Verdict, decision: Decision) -> None:
+        innovation, bound, fraction = verdict.innovation, verdict.bound, None
+        if innovation is not None and bound is not None and math.isfinite(innovation) and 0 < bound < math.inf:
+            fraction = innovation / bound
+        self.cadence.record(
+            attempt=attempt.index,
+            judged=attempt.judged,
+            accepted=verdict.accepted,
+            fraction=fraction,
+            evidence=0.0 if decision.judgement is None else decision.judgement.evidence,
+            learning_rate=attempt.learning_rate,
+        )
+
+    def _stop(self, verdict: Verdict) -> None:
+        report = self._ladder.report()
+        tried = ", ".join(f"{rung} x{count}" for rung, count in report["tried"].items())
+        raise StabilityStop(
+            f"stopped at attempt {verdict.step}: {report['refusals_in_a_row']} refusals in a row, "
+            f"{report['refusals_in_window']} in the last {self._ladder.settings.window} attempts; tried {tried}. The "
+            f"pattern is {report['pattern']}: {report['advice']} The last refusal: {verdict.reason}. The model is in "
+            f"its last committed state.",
+            report,
+        )
 
     # ------------------------------------------------------------------ measuring and agreeing
 
-    def _measure(self, attempt: int) -> Reading:
-        self._first_forward.paused = True
-        try:
-            return self._measuring.measure(attempt, self._vote, self._phases)
-        finally:
-            self._first_forward.paused = False
-
-    def _agreement(self, gradients: Gradients) -> dict[str, int | torch.Tensor]:
+    def _agreement(self, gradients: Gradients, judged: bool) -> dict[str, int | torch.Tensor]:
         """Numbers that must be equal on all ranks in every vote of this attempt."""
         fields: dict[str, int | torch.Tensor] = {
-            "step": self._attempt,
+            "step": self._ledger.attempt,
+            "judged": int(judged),
+            "use of batches()": int(self._replay is not None),
             "plan": self._recovery.plan.signature,
-            "history of verdicts": self._history,
+            "history of verdicts": self._ledger.history,
         }
         if gradients.caller_norm is not None:
             fields["gradient norm"] = bits(gradients.caller_norm)
         return fields
 
-    def _checks_replicas(self, index: int) -> bool:
-        every = self._replica_check_every * self.every
-        return every > 0 and bool(self._vote.replica_groups) and (index + 1) % every == 0
+    def _identify_batch(self, index: int) -> int | None:
+        """Content digest of what all ranks trained on in this attempt; None if that is not known.
+
+        Collectives: two all-gathers, if the loop uses :meth:`batches`.
+        """
+        if self._replay is None:
+            return None
+        everyone = self._vote.gather(self._replay.digest(), index)
+        if None in everyone.values():
+            return None
+        said = ",".join(str(everyone[rank]) for rank in sorted(everyone))
+        return int.from_bytes(hashlib.blake2b(said.encode(), digest_size=7).digest(), "little")
+
+    def _compares_replicas(self) -> bool:
+        every = self._replica_check_every
+        return every > 0 and bool(self._vote.replica_groups) and self._ledger.judged % every == 0
 
     # ------------------------------------------------------------------ hooks and notes
 
@@ -645,4 +632,4 @@ class StabilityController:
         A LockstepError needs no note: its origin is known to all, or was noted where it was found out.
         """
         if self._phases.watch is not None and not isinstance(error, LockstepError):
-            self._phases.watch.fail(self._attempt, one_line(error) or "")
+            self._phases.watch.fail(self._ledger.attempt, one_line(error) or "")

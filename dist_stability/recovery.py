@@ -58,7 +58,7 @@ class Recovery:
         self._world = world
         self._anchors = anchors
         self._phases = phases
-        self.plan = self._build()
+        self.plan = self.build_plan()
         self.ring = SlotRing(anchors)
         # What an attempt that follows unjudged ones would be undone to by a veto; a rollback goes further back.
         self._scratch = ForwardState(model)
@@ -66,7 +66,8 @@ class Recovery:
         self._entry: EntryState | None = None
         self._stale = False
 
-    def _build(self) -> StatePlan:
+    def build_plan(self) -> StatePlan:
+        """A plan of the state as it is now."""
         parallel.reshard(self._model)
         return StatePlan.build(self._model, self._optimizers, self._world)
 
@@ -84,9 +85,7 @@ class Recovery:
             pending: Unjudged attempts were accepted since the last judged commit.
         """
         if self._stale:
-            self.plan = self._build()
-            self.ring = SlotRing(self._anchors)
-            self.commit(self.plan, attempt - 1, None)
+            self.adopt(attempt - 1)
             self._stale = False
         if pending:
             self._forward = self._scratch
@@ -102,19 +101,31 @@ class Recovery:
         if not pending:
             self.ring.safe.entry = self._entry
 
+    def adopt(self, attempt: int) -> None:
+        """Take what stands, however it came about, as committed; older states are given up."""
+        self.plan = self.build_plan()
+        self.ring = SlotRing(self._anchors)
+        self.commit(self.plan, attempt)
+
     def proposal_plan(self) -> StatePlan:
         """The plan that fits the proposal: the current one, unless state tensors appeared or vanished."""
         parallel.reshard(self._model)
-        return self.plan if self.plan.is_current() else self._build()
+        return self.plan if self.plan.is_current() else self.build_plan()
 
     def commit(
-        self, plan: StatePlan, attempt: int, rule_anchor: dict[str, Any] | None, digests: Digests | None = None
+        self,
+        plan: StatePlan,
+        attempt: int,
+        measurement: float | None = None,
+        rule_anchor: dict[str, Any] | None = None,
+        digests: Digests | None = None,
     ) -> None:
         """Copy the committed state into a free slot, and only then let go of the one before.
 
         Args:
             plan: From :meth:`proposal_plan`.
             attempt: The committed attempt.
+            measurement: What the probe measured of it; None if it was loaded from elsewhere.
             rule_anchor: The rule's statistics, if this commit is an anchor.
             digests: Of the live state under this plan, if they were computed for the vote already.
         """
@@ -122,7 +133,7 @@ class Recovery:
         self.plan = plan
         slot = self.ring.begin()
         slot.fill(plan, attempt, digests, on_chunk=self._phases.chunk("copy"))
-        slot.rule_anchor = rule_anchor
+        slot.rule_anchor, slot.measurement = rule_anchor, measurement
         slot.publish()
         self.ring.commit(slot, as_anchor=rule_anchor is not None)
 

@@ -9,6 +9,8 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
+from .cadence import Cadence
+from .escalation import Escalation
 from .rules import Rule
 from .signals import LossProbe
 
@@ -46,7 +48,14 @@ def check_optimizers(optimizer: Optimizer | Iterable[Optimizer]) -> tuple[Optimi
 
 
 def check_parts(
-    model: nn.Module, probe: LossProbe, rule: Any, guards: Any, extra_state: Mapping[str, Any] | None
+    model: nn.Module,
+    probe: LossProbe,
+    rule: Any,
+    guards: Any,
+    extra_state: Mapping[str, Any] | None,
+    confirm: Any = None,
+    trend: Any = None,
+    reload: Any = None,
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """The objects a controller is made of. Returns (guards, extra_state).
 
@@ -57,6 +66,15 @@ def check_parts(
         raise TypeError(f"model: expected a torch.nn.Module, got {_kind(model)}")
     if not isinstance(probe, LossProbe):
         raise TypeError(f"probe: expected LossProbe(loss_fn, batches), got {_kind(probe)}")
+    if confirm is not None and not isinstance(confirm, LossProbe):
+        raise TypeError(f"confirm: expected a second LossProbe(loss_fn, batches) or None, got {_kind(confirm)}")
+    if confirm is probe and probe is not None:
+        raise ValueError("confirm: the same probe twice confirms nothing; give it other held-out batches")
+    missing = [name for name in ("commit", "restart", "settings", "state_dict") if not hasattr(trend, name)]
+    if trend is not None and (missing or isinstance(trend, type)):
+        raise TypeError(f"trend: expected an object like SlowDivergence() or None, got {_kind(trend)}")
+    if reload is not None and not callable(reload):
+        raise TypeError(f"reload: expected a function that loads the last persisted state, got {_kind(reload)}")
     if not isinstance(rule, Rule) or isinstance(rule, type):
         raise TypeError(
             f"rule: expected an object with judge, commit, reject, state_dict and load_state_dict, got {_kind(rule)}"
@@ -77,7 +95,13 @@ def check_parts(
 
 
 def check_settings(
-    every: int, mode: str, probe_on: str, timeout: float, replica_check_every: int, max_refusals_in_row: int
+    every: Any,
+    mode: str,
+    probe_on: str,
+    timeout: float,
+    replica_check_every: int,
+    anchors: int,
+    escalation: Any,
 ) -> None:
     """The plain settings.
 
@@ -85,15 +109,17 @@ def check_settings(
         TypeError: A wrong type.
         ValueError: Out of range, saying what is allowed.
     """
-    for name, number, least in (
-        ("every", every, 1),
-        ("replica_check_every", replica_check_every, 0),
-        ("max_refusals_in_row", max_refusals_in_row, 1),
-    ):
+    whole: list[tuple[str, Any, int]] = [("replica_check_every", replica_check_every, 0), ("anchors", anchors, 0)]
+    if not isinstance(every, Cadence) or isinstance(every, type):
+        whole.append(("every", every, 1))
+    for name, number, least in whole:
         if not isinstance(number, int) or isinstance(number, bool):
-            raise TypeError(f"{name}: expected a whole number, got {number!r}")
+            cadence = " (or give an AdaptiveCadence())" if name == "every" else ""
+            raise TypeError(f"{name}: expected a whole number, got {number!r}{cadence}")
         if number < least:
             raise ValueError(f"{name}: expected at least {least}, got {number}")
+    if escalation is not None and not isinstance(escalation, Escalation):
+        raise TypeError(f"escalation: expected Escalation(...) or None, got {_kind(escalation)}")
     if mode not in MODES:
         raise ValueError(f"mode: expected one of {MODES}, got {mode!r}")
     if probe_on not in PROBE_ON:

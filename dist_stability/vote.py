@@ -38,22 +38,26 @@ class Ballot:
         veto: A guard's flag, 0-d bool tensor or bool.
         replan: This rank's set of state tensors has changed.
         measurement: Value of the probe (0-d), None if this rank did not measure.
-        weight: Weight of the measurement in the mean; 0 when it does not count.
+        confirmation: Value of the second probe (0-d), None if there is none or this rank did not measure.
+        weight: Weight of the measurements in the mean; 0 when they do not count.
         square_sum: Sum of squared local gradients, each divided by its number of replicas (0-d), or None.
         overflow: For each optimizer, the GradScaler's found_inf (0-d tensors).
         agree: Whole numbers (Python int or 0-d int64 tensor) that must be equal on all ranks, by name.
         checksums: Digest (0-d int64 tensor) of the state this rank shares with the ranks of the key.
+        signals: Finite numbers that add up over ranks (1-d float64), of equal length everywhere.
     """
 
     no: bool = False
     veto: torch.Tensor | bool = False
     replan: bool = False
     measurement: torch.Tensor | None = None
+    confirmation: torch.Tensor | None = None
     weight: float = 0.0
     square_sum: torch.Tensor | None = None
     overflow: Sequence[torch.Tensor] = ()
     agree: Mapping[str, int | torch.Tensor] = field(default_factory=dict)
     checksums: Mapping[tuple[int, ...], torch.Tensor] = field(default_factory=dict)
+    signals: torch.Tensor | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,10 +68,12 @@ class Tally:
     veto: int
     replan: int
     measurement: float
+    confirmation: float
     gradient_norm: float | None
     overflow: tuple[bool, ...]
     agreed: Mapping[str, int]
     split_replicas: tuple[tuple[int, ...], ...]
+    signals: tuple[float, ...] = ()
 
 
 class Vote:
@@ -119,6 +125,7 @@ class Vote:
         )
         parts = [host, self._flag(ballot.veto)]
         parts += [*self._finite(ballot.measurement, ballot.weight), *self._finite(ballot.square_sum, 1.0)]
+        parts += self._finite(ballot.confirmation, ballot.weight)
         parts += [self._flag(found) for found in ballot.overflow]
         whole = [self._whole(value) for value in ballot.agree.values()]
         whole += [self._whole(ballot.checksums.get(ranks, 0)) for ranks in self.replica_groups]
@@ -126,6 +133,8 @@ class Vote:
             shifts = torch.tensor(_SHIFTS, device=self.device)
             pieces = ((torch.stack(whole).unsqueeze(1) >> shifts) & _MASK).to(torch.float64).flatten()
             parts += [pieces, pieces * pieces]
+        if ballot.signals is not None:
+            parts.append(ballot.signals.detach().to(self.device, torch.float64))
         return torch.cat([part.reshape(-1) for part in parts])
 
     def _flag(self, flag: torch.Tensor | bool) -> torch.Tensor:
@@ -233,12 +242,12 @@ class Vote:
             LockstepError: On every rank, naming the ranks, if a number in ``agree`` differs between ranks.
         """
         values = vector.tolist()
-        no, replan, weight, veto, measured, measured_bad, squares, squares_bad = values[:8]
-        count = len(ballot.overflow)
-        overflow = tuple(found > 0 for found in values[8 : 8 + count])
-        fields = len(ballot.agree) + len(self.replica_groups)
-        sums = [int(x) for x in values[8 + count : 8 + count + _PIECES * fields]]
-        squared = [int(x) for x in values[8 + count + _PIECES * fields :]]
+        no, replan, weight, veto, measured, measured_bad, squares, squares_bad, second, second_bad = values[:10]
+        rest = 10 + len(ballot.overflow)
+        overflow = tuple(found > 0 for found in values[10:rest])
+        pieces = _PIECES * (len(ballot.agree) + len(self.replica_groups))
+        sums = [int(x) for x in values[rest : rest + pieces]]
+        squared = [int(x) for x in values[rest + pieces : rest + 2 * pieces]]
 
         names = list(ballot.agree)
         differing = [name for i, name in enumerate(names) if not _equal(sums, squared, i, self.world)]
@@ -258,10 +267,12 @@ class Vote:
             veto=int(veto),
             replan=int(replan),
             measurement=measured / weight if weight > 0 and measured_bad == 0 else math.nan,
+            confirmation=second / weight if weight > 0 and second_bad == 0 else math.nan,
             gradient_norm=norm,
             overflow=overflow,
             agreed=agreed,
             split_replicas=split,
+            signals=tuple(values[rest + 2 * pieces :]),
         )
 
     def cast(self, ballot: Ballot, attempt: int) -> Tally:

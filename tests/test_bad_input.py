@@ -16,6 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 from zoo import Case
 
 from dist_stability import (
+    Escalation,
     FixedInnovation,
     LossProbe,
     NonFiniteGuard,
@@ -69,7 +70,7 @@ WRONG: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "probe_on": ({"probe_on": "all"}, ValueError, r"probe_on: expected one of .* got 'all'"),
     "timeout": ({"timeout": -1}, ValueError, r"timeout: expected seconds above 0, got -1"),
     "replica checks": ({"replica_check_every": -1}, ValueError, r"replica_check_every: expected at least 0"),
-    "budget": ({"max_refusals_in_row": 0}, ValueError, r"max_refusals_in_row: expected at least 1"),
+    "budget": ({"anchors": -1}, ValueError, r"anchors: expected at least 0"),
 }
 
 
@@ -185,7 +186,9 @@ def test_a_nan_at_step_0_leaves_nothing(guards: tuple[Any, ...]) -> None:
 
 def test_nan_in_every_batch_stops_with_a_report() -> None:
     model, optimizer, probe = parts()
-    controller = StabilityController(model, optimizer, probe, guards=(NonFiniteGuard(),), max_refusals_in_row=3)
+    controller = StabilityController(
+        model, optimizer, probe, guards=(NonFiniteGuard(),), escalation=Escalation(max_refusals_in_row=3)
+    )
     with controller, pytest.raises(StabilityStop, match="3 refusals in a row") as stopped:
         for _ in range(5):
             optimizer.zero_grad()

@@ -153,7 +153,7 @@ def disagree_about(about: str, rank: int, world: int, bad: int) -> None:
             zoo.loss_fn(setup.model, zoo.fetch(case, setup, attempt)[0]).backward()
             norm: Any = None
             if attempt == 5 and about == "step" and rank == bad:
-                controller._attempt = 7  # as after a step() that the others did not call
+                controller._ledger.attempt = 7  # as after a step() that the others did not call
             if attempt == 5 and about == "plan" and rank == bad:
                 setup.optimizers[0].add_param_group({"params": [torch.nn.Parameter(torch.ones(3))]})
             if about == "gradient norm":
@@ -197,7 +197,7 @@ def construct_with(what: str, rank: int, world: int) -> None:
     if what == "every" and odd:
         case = Case("ddp", every=3)
     options: dict[str, Any] = {"timeout": 10.0}
-    others = {"timeout": 11.0, "max_refusals_in_row": 5, "mode": "observe", "replica_check_every": 0}
+    others = {"timeout": 11.0, "anchors": 1, "mode": "observe", "replica_check_every": 0}
     if what in others and odd:
         options[what] = others[what]
     if what == "guards":
@@ -205,7 +205,17 @@ def construct_with(what: str, rank: int, world: int) -> None:
     zoo.control(case, setup, **options).close()
 
 
-SETTINGS = ["every", "mode", "timeout", "replica_check_every", "guards", "probe", "model and optimizer", "replicas"]
+SETTINGS = [
+    "every",
+    "mode",
+    "timeout",
+    "anchors",
+    "replica_check_every",
+    "guards",
+    "probe",
+    "model and optimizer",
+    "replicas",
+]
 
 
 def test_ranks_that_were_given_different_things_do_not_start(two: harness.Pool) -> None:

@@ -67,17 +67,14 @@ class Job:
 def train(job: Job, controller: Controller, record: RunRecorder, progress: Progress) -> None:
     """The loop. Everything a guarded loop needs is the line with ``controller.step``."""
     model, optimizer, scheduler, options = job.model, job.optimizer, job.scheduler, job.options
-    attempt = 0
-    for number, micro_batches in job.batches():
-        if number in options.skip_batches:
-            continue  # fetched and dropped: what the golden twin does
+    for attempt, (number, micro_batches) in enumerate(controller.batches(job.batches())):
         record.begin_batch(number)
         for batch in micro_batches:
             loss = job.loss_fn(model, batch) / len(micro_batches)
             loss.backward()
         job.injector.gradients(attempt, job.parameters)  # a bad batch shows before clipping
         norm = clip_grad_norm_(model, job.parameters, options.clip_grad_norm) if options.clip_grad_norm else None
-        verdict = controller.step(grad_norm=norm)
+        verdict = controller.step(grad_norm=norm, loss=loss.detach() * len(micro_batches))
         optimizer.zero_grad()
         if verdict.accepted:
             scheduler.step()
@@ -85,7 +82,6 @@ def train(job: Job, controller: Controller, record: RunRecorder, progress: Progr
             progress.note(f"  batch {number}: {verdict.action} ({verdict.reason})")
         if progress.wants_numbers(number + 1):
             progress.advance(number + 1, f"loss {loss.item() * len(micro_batches):.4f}  probe {record.probe:.4f}")
-        attempt += 1
 
 
 def run(options: Options, task: Task, here: Processes) -> int:
@@ -201,14 +197,16 @@ def _probe(job: Job, batches: list[Batch]) -> LossProbe:
 def _batches(
     options: Options, task: Task, device: torch.device, index: int, count: int
 ) -> Callable[[], Iterator[tuple[int, list[Batch]]]]:
-    """All batches of the run, numbered, each as the micro-batches of this data replica."""
+    """The batches of the run, numbered, each as the micro-batches of this data replica."""
     order = BatchOrder(
         len(task.train), options.batch_size, seed=options.seed, index=index, count=count, accumulate=options.accumulate
     )
 
     def batches() -> Iterator[tuple[int, list[Batch]]]:
         for number in range(options.steps):
-            yield number, [_to(task.train.batch(indices), device) for indices in order.micro_batches(number)]
+            micro_batches = [_to(task.train.batch(indices), device) for indices in order.micro_batches(number)]
+            if number not in options.skip_batches:  # else fetched and dropped: what the golden twin does
+                yield number, micro_batches
 
     return batches
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch.distributed as dist
@@ -52,7 +52,11 @@ class Unguarded:
         self._measures = self._mean or rank == 0 or parallel.has_collectives(model)
         self._attempt = 0
 
-    def step(self, grad_norm: float | Tensor | None = None) -> Verdict:
+    def batches(self, loader: Iterable[Any]) -> Iterator[Any]:
+        """The loader's batches: nothing is ever taken back."""
+        return iter(loader)
+
+    def step(self, grad_norm: float | Tensor | None = None, loss: float | Tensor | None = None) -> Verdict:
         """Step the optimizer and measure the outcome; always accepted."""
         attempt, seconds = self._attempt, {}
         begin = time.perf_counter()
@@ -79,10 +83,16 @@ class Unguarded:
                     "bound": None,
                     "prediction": None,
                     "gradient_norm": None if grad_norm is None else float(grad_norm),
+                    "learning_rate_factor": 1.0,
                     "action": str(action),
                     "would": None,
                     "undone": [],
                     "reason": "",
+                    "rung": "",
+                    "pattern": "",
+                    "warning": "",
+                    "signals": {} if loss is None else {"training_loss": float(loss)},
+                    "where": {},
                     "seconds": seconds,
                 }
             )

@@ -6,7 +6,8 @@ numbers, it answers the same on every rank, and it can be tested by the million.
 Who calls what (the controller, in this order)::
 
     commit(y0)                                    once: the probe of the starting weights, judged by nobody
-    every judged attempt:  judge(y, norm)         changes no state, may be asked twice
+    every judged attempt:  expect(...)            if the rule has it: under which conditions the proposal was made
+                           judge(y, norm)         changes no state, may be asked twice
                            then exactly one of    commit(y, norm)   the proposal stands: learn from it
                                                   reject(y, norm)   the judge's "no" was carried out: count it
 
@@ -54,6 +55,34 @@ class Rule(Protocol):
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take back what ``state_dict`` returned. The rule then has no anchors."""
+        ...
+
+
+@runtime_checkable
+class ExpectingRule(Rule, Protocol):
+    """A rule that knows what to expect of a larger learning rate, or of several steps at once."""
+
+    def expect(self, *, steps: int = 1, learning_rate: float | None = None) -> None:
+        """Say under which conditions the next proposal was made. Changes nothing that was learned.
+
+        Args:
+            steps: Optimizer steps since the last judged commit, >= 1.
+            learning_rate: Largest *announced* learning rate over the parameter groups: one that a scheduler vouches
+                for. None when unknown: a learning rate that nobody announced may be the fault itself.
+        """
+        ...
+
+
+@runtime_checkable
+class RebasingRule(Rule, Protocol):
+    """A rule that can follow its yardstick."""
+
+    def rebase(self, measurement: float) -> None:
+        """The last committed state was restored and measured again, and now gives ``measurement``.
+
+        Its bits are those that were committed, so the probe has moved, not the weights: shift the level by the
+        difference and keep the scale.
+        """
         ...
 
 

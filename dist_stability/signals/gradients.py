@@ -16,6 +16,7 @@ from torch import Tensor
 
 from dist_stability.parallel import Residence, is_dtensor, local
 from dist_stability.signals.scalar import as_scalar
+from dist_stability.signals.sums import constants, norms, row
 
 _FOREACH_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -24,6 +25,7 @@ class Gradients:
     """This rank's gradients, by the names of their parameters.
 
     Attributes:
+        parameters: Name, parameter and the ranks that hold the same elements, as given, with or without a gradient.
         caller_norm: The global norm before clipping that the caller of ``step()`` gave, as a 0-d float64 tensor on
             ``device``; None if none was given.
         device: Where ``square_sum`` and ``caller_norm`` are: an accelerator if any gradient is on one, else the CPU.
@@ -35,18 +37,18 @@ class Gradients:
         Enters a collective only if ``caller_norm`` is a DTensor that is not replicated.
 
         Args:
-            parameters: Name, parameter (the optimizer's handle) and the ranks that hold the same elements. Parameters
-                without a gradient are left out.
+            parameters: Name, parameter (the optimizer's handle) and the ranks that hold the same elements. A parameter
+                without a gradient counts as 0.
             caller_norm: Float, tensor of one element of any dtype and device, or DTensor; None if unknown. May be NaN.
 
         Raises:
             TypeError: ``caller_norm`` is not a number.
             ValueError: It is a tensor of several elements, or a negative float.
         """
-        everything = list(parameters)
-        self._owned = [entry for entry in everything if entry[1].grad is not None]
+        self.parameters = tuple(parameters)
+        self._owned = [entry for entry in self.parameters if entry[1].grad is not None]
         norm = None if caller_norm is None else _checked_norm(caller_norm)
-        places = [parameter.device for _, parameter, _ in self._owned or everything]
+        places = [parameter.device for _, parameter, _ in self._owned or self.parameters]
         places += [] if norm is None else [norm.device]
         self.device = next((place for place in places if place.type != "cpu"), torch.device("cpu"))
         # To an accelerator only (see `device`): a copy in that direction waits for nothing.
@@ -62,27 +64,44 @@ class Gradients:
             yield name, _dense(local(_gradient(parameter)))
 
     @cached_property
-    def square_sum(self) -> Tensor:
-        """Sum of |g|^2 over the local gradients, each divided by its number of replicas; 0-d float64 on ``device``.
+    def local(self) -> tuple[Tensor | None, ...]:
+        """For each parameter this rank's part of its gradient, laid out like the parameter, as dense real numbers.
 
-        The sum of this over all ranks is the squared global norm. Squares are added up in float64: no finite gradient
-        of 32 bits or fewer gives infinity, and a NaN or an infinity never gives a finite number. (A float64 gradient
-        overflows above 1e154.)
-
-        Enters a collective for every DTensor gradient that is laid out differently from its parameter, as the Partial
-        gradients of a layer under sequence parallelism are; every rank must then read this. No host sync, except for
-        sparse gradients.
+        None without a gradient. Enters a collective for every DTensor gradient that is laid out differently from its
+        parameter, as the Partial gradients of a layer under sequence parallelism are; every rank must then read this.
+        No host sync, except for sparse gradients.
         """
-        groups: dict[tuple[torch.device, torch.dtype, int], list[Tensor]] = {}
+        return tuple(local_gradient(parameter) for _, parameter, _ in self.parameters)
+
+    @cached_property
+    def squares(self) -> Tensor:
+        """Of each parameter the sum of |g|^2 over the local gradient, divided by its number of replicas.
+
+        1-d float64 on ``device``, 0 without a gradient. Summed over all ranks it is the squared norm of each gradient.
+        Squares are added up in float64: no finite gradient of 32 bits or fewer gives infinity, and a NaN or an infinity
+        never gives a finite number. (A float64 gradient overflows above 1e154.)
+
+        Collectives and host syncs: those of :attr:`local`.
+        """
         with torch.no_grad():
-            for _, parameter, residence in self._owned:
-                part = _real(_dense(local(_placed(parameter))))
-                groups.setdefault((part.device, part.dtype, residence.replicas), []).append(part)
-            total = torch.zeros((), dtype=torch.float64, device=self.device)
-            for (_, _, replicas), parts in groups.items():
-                norms = torch.stack(torch._foreach_norm(parts, 2, dtype=torch.float64))
-                total += norms.square().sum().to(self.device, non_blocking=True) / replicas
-        return total
+            lengths = norms([part for part in self.local if part is not None], self.device).unbind()
+            owned = iter(lengths)
+            everyone = [0.0 if part is None else next(owned) for part in self.local]
+            replicas = constants(self.device, [float(residence.replicas) for _, _, residence in self.parameters])
+            return row(self.device, *everyone).square_().div_(replicas)
+
+    @cached_property
+    def square_sum(self) -> Tensor:
+        """Sum of :attr:`squares`, 0-d: summed over all ranks it is the squared global norm."""
+        return self.squares.sum()
+
+
+def local_gradient(parameter: Tensor) -> Tensor | None:
+    """This rank's part of one parameter's gradient; see :attr:`Gradients.local`."""
+    if parameter.grad is None:
+        return None
+    with torch.no_grad():
+        return _real(_dense(local(_placed(parameter))))
 
 
 def _checked_norm(value: object) -> Tensor:

@@ -13,14 +13,14 @@ class SlotRing:
 
     Attributes:
         safe: The last committed state; raises before the first commit.
-        anchors: Older committed states for a deep rollback, oldest first; after one, both may be the same slot.
+        anchors: Older committed states for a deep rollback, oldest first; after one, several may be the same slot.
     """
 
     def __init__(self, anchors: int) -> None:
         """Make the slots; memory comes with the first fill of each.
 
         Args:
-            anchors: How many older states are kept, 0 to 2.
+            anchors: How many older states are kept, >= 0.
         """
         self._kept = anchors
         self._slots = [Slot() for _ in range(2 + anchors)]
@@ -54,16 +54,27 @@ class SlotRing:
         self._release_unused()
 
     def fall_back(self, slot: Slot) -> None:
-        """After ``slot`` was restored: it is the safe one. An older anchor takes the place of all anchors, too.
+        """After ``slot`` was restored: it is the safe one, and takes the place of every newer anchor.
 
-        The states committed after it are undone; nothing may go back to them. Their number stays, as the rule counts
-        its own anchors the same way.
+        The states committed after it are undone; nothing may go back to them. The number of anchors stays, as the rule
+        counts its own the same way.
         """
         if slot is self._safe:
             return
         self._safe = slot
-        self.anchors = [slot] * len(self.anchors)
+        self.anchors = [anchor if anchor.attempt < slot.attempt else slot for anchor in self.anchors]
         self._release_unused()
+
+    @property
+    def full(self) -> bool:
+        """As many anchors are there as are kept, or at least two."""
+        return len(self.anchors) >= min(2, self._kept)
+
+    @property
+    def older(self) -> list[Slot]:
+        """The anchors that are older than the safe state, oldest first, each once."""
+        kept = {id(anchor): anchor for anchor in self.anchors if anchor.attempt < self.safe.attempt}
+        return sorted(kept.values(), key=lambda slot: slot.attempt)
 
     def no_newer_than(self, slot: Slot) -> Iterator[Slot]:
         """``slot`` and then the older ones, newest first: where to look if ``slot`` turns out to be damaged."""

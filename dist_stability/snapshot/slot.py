@@ -50,6 +50,7 @@ class Slot:
         forward: Set by the owner: random streams and buffers that belong to this state. ``fill`` clears its content.
         entry: Set by the owner: per-group values and other objects that belong to this state. ``fill`` drops it.
         rule_anchor: Set by the owner: the rule's statistics at this commit. ``fill`` drops it.
+        measurement: Set by the owner: what the probe measured of this state. ``fill`` drops it.
     """
 
     def __init__(self) -> None:
@@ -60,6 +61,7 @@ class Slot:
         self.forward: ForwardState | None = None
         self.entry: EntryState | None = None
         self.rule_anchor: dict[str, Any] | None = None
+        self.measurement: float | None = None
         self._arena = _NO_MEMORY
         self._pinned = False
         self._views: list[torch.Tensor] = []
@@ -100,7 +102,7 @@ class Slot:
         """
         self._settle()
         self.state = SlotState.FILLING
-        self.entry, self.rule_anchor = None, None
+        self.entry, self.rule_anchor, self.measurement = None, None, None
         if self.forward is not None:
             self.forward.clear()
         image = plan.image()

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from dist_stability import LossProbe, StabilityController
+from dist_stability import Escalation, LossProbe, StabilityController
 from dist_stability.experiments import training
 from dist_stability.experiments.digests import differences, digests
 from dist_stability.experiments.options import parse_options
@@ -124,7 +124,7 @@ def test_bfloat16_computes_in_bfloat16_and_keeps_weights_in_float32(
 def test_a_run_that_only_refuses_stops_with_a_report(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    impatient = functools.partial(StabilityController, max_refusals_in_row=3)
+    impatient = functools.partial(StabilityController, escalation=Escalation(max_refusals_in_row=3))
     monkeypatch.setattr(training, "StabilityController", impatient)
     summary = run(tmp_path, "--inject", "nan:step=2,rank=0,length=9", status=1)
     assert not summary["finished"]

@@ -1,0 +1,74 @@
+"""What the controller counts: attempts, accepted steps, commits, and what a rollback would take back."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from .verdict import Verdict
+
+_SAVED = ("attempt", "steps", "commits", "judged", "history")
+
+
+@dataclass(slots=True)
+class Ledger:
+    """Counters of one guarded run; equal on every rank.
+
+    Attributes:
+        attempt: Index of the current attempt.
+        steps: Accepted optimizer steps.
+        commits: Judged commits.
+        judged: Judged attempts.
+        history: Digest of all verdicts so far: ranks that ever disagreed about one differ here for good.
+        pending: Unjudged attempts accepted since the last judged commit.
+        accepted: Accepted attempts newer than the oldest state that could be restored.
+    """
+
+    attempt: int = 0
+    steps: int = 0
+    commits: int = 0
+    judged: int = 0
+    history: int = 0
+    pending: list[int] = field(default_factory=list)
+    accepted: list[int] = field(default_factory=list)
+
+    def accept(self, judged: bool) -> None:
+        """The current attempt stands."""
+        self.accepted.append(self.attempt)
+        self.steps += 1
+        if judged:
+            self.commits += 1
+            self.pending = []
+        else:
+            self.pending.append(self.attempt)
+
+    def undo_after(self, attempt: int) -> tuple[int, ...]:
+        """The state of ``attempt`` was restored: forget what was accepted later, and return it."""
+        undone = tuple(index for index in self.accepted if index > attempt)
+        self.accepted = [index for index in self.accepted if index <= attempt]
+        self.steps -= len(undone)
+        self.pending = []
+        return undone
+
+    def forget(self, oldest: int) -> None:
+        """Nothing older than the state of attempt ``oldest`` can be restored any more."""
+        self.accepted = [index for index in self.accepted if index > oldest]
+
+    def close(self, verdict: Verdict, norm: float | None) -> None:
+        """The current attempt is settled."""
+        said = "" if norm is None else norm.hex()
+        entry = f"{self.history} {verdict.step} {verdict.action} {verdict.would} {said}"
+        self.history = int.from_bytes(hashlib.blake2b(entry.encode(), digest_size=8).digest(), "little")
+        self.attempt += 1
+
+    def state_dict(self) -> dict[str, int]:
+        """What a checkpoint keeps."""
+        return {name: getattr(self, name) for name in _SAVED}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take over what a checkpoint kept; nothing can be taken back yet."""
+        for name in _SAVED:
+            setattr(self, name, int(state[name]))
+        self.pending, self.accepted = [], []
