@@ -3,7 +3,9 @@
 Who calls what (the controller, in this order, every attempt)::
 
     flag(gradients)     a device flag that rides in the vote: any rank's True is a veto. No host sync.
-    veto(norm)          only if reads_norm: a reason, or None, from the global norm that all ranks agreed on
+    limit()             the largest global norm that may pass; compared on the device with what the vote added up
+    veto(norm)          a reason, or None, from the global norm that all ranks agreed on: before the step if reads_norm,
+                        else only to explain a veto
     explain(gradients)  rare: after a flag was raised on some rank, what this rank can say about its cause
     commit(norm)        the proposal was committed          | exactly one of the two
     reject(norm)        it was refused, for whatever reason |
@@ -38,7 +40,8 @@ class Guard(Protocol):
     """Base of all guards: one that never objects and learns nothing. Derive from it and override what is needed.
 
     Attributes:
-        reads_norm: ``veto`` wants the global gradient norm, for which all ranks meet before the step.
+        reads_norm: ``veto`` wants the global gradient norm before the step, for which the host waits. A guard that can
+            say beforehand which norms it would let pass gives them as ``limit`` instead, and nobody waits.
     """
 
     reads_norm: bool = False
@@ -49,6 +52,10 @@ class Guard(Protocol):
         Called on every rank. Reading ``gradients.square_sum`` may enter collectives, so all ranks must do it or none.
         """
         return None
+
+    def limit(self) -> float:
+        """The largest global gradient norm that may pass, the same on every rank; +inf for any."""
+        return math.inf
 
     def veto(self, norm: float) -> str | None:
         """Why the step must not be taken, or None. On the host, and the same on every rank for the same norms."""
@@ -162,8 +169,6 @@ class GradientNormGuard(Guard):
     of 0.3 this guard lets 102 of the 1200 through, and at 0.6 a factor of 300 is itself only at the bar.
     """
 
-    reads_norm = True
-
     def __init__(self, false_veto_rate: float = 1e-4, *, patience: int = 128) -> None:
         """Set the rate.
 
@@ -198,15 +203,27 @@ class GradientNormGuard(Guard):
         self._commits = 0
         self._vetoes = 0
 
+    def flag(self, gradients: Gradients) -> Tensor:
+        """See :meth:`Guard.flag`: the caller's norm is too large, or this rank's shards are not finite."""
+        norm = gradients.caller_norm
+        if norm is None:
+            return ~torch.isfinite(gradients.square_sum)
+        return ~(torch.isfinite(norm) & (norm <= self.limit()))
+
+    def limit(self) -> float:
+        """See :meth:`Guard.limit`; +inf while the guard knows too little, and once patience has run out."""
+        if self._mean is None:
+            return math.inf
+        bar = self._patient_bar()
+        return math.inf if bar == math.inf else _exp(self._mean + bar * self._scale())
+
     def veto(self, norm: float) -> str | None:
         """See :meth:`Guard.veto`. Changes no state. A norm of exactly 0 passes."""
         if not 0.0 <= norm < math.inf:  # True for NaN
             return f"gradient norm is {norm}"
-        if norm == 0.0 or self._mean is None:
+        if self._mean is None or norm <= self.limit():
             return None
         score, bar = self._score(norm), self._patient_bar()
-        if score <= bar:
-            return None
         return (
             f"gradient norm {norm:.4g} is {score:.1f} scales above the usual {_exp(self._mean):.4g} "
             f"(bar {bar:.1f} scales, veto {self._vetoes + 1} in a row)"
@@ -307,7 +324,7 @@ class GradientNormGuard(Guard):
 
 
 def _exp(value: float) -> float:
-    return math.exp(min(value, 709.0))
+    return math.exp(value) if value < 709.0 else math.inf
 
 
 def _is_finite(value: object) -> bool:

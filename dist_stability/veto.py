@@ -10,6 +10,7 @@ before the step: the host reads it with the vote that follows the probe.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -68,6 +69,9 @@ class VetoStage:
             )
             attempt.pre_vote = (self._vote.reduce(self._vote.pack(ballot), attempt.index), ballot)
             attempt.flag = self._vote.refused(attempt.pre_vote[0])
+            limit = min((guard.limit() for guard in self.guards), default=math.inf)
+            if caller is None and limit < math.inf:
+                attempt.flag = attempt.flag | (self._vote.square_sum(attempt.pre_vote[0]) > limit * limit)
         elif not self.guards:
             attempt.vetoed = False
             return
@@ -108,12 +112,15 @@ class VetoStage:
 
     def explain(self, attempt: Attempt) -> Decision:
         """The veto, in words: which rank saw what. Collectives: two all-gathers."""
-        mine = attempt.reason or one_line(attempt.error)
+        mine: str | None = attempt.reason or one_line(attempt.error)
         for guard in self.guards if mine is None else ():
             mine = mine or guard.explain(attempt.gradients)
-        said = {r: text for r, text in self._vote.gather([mine], attempt.index).items() if text[0] is not None}
-        rank = min(said, default=0)
-        reason = said.get(rank, ["vetoed by a guard"])[0]
+        if mine is None and attempt.norm is not None and math.isfinite(attempt.norm):
+            # Not for a norm that is no number: only the ranks that spoilt it are to be named.
+            mine = next((said for guard in self.guards if (said := guard.veto(attempt.norm))), None)
+        everyone = {r: text for r, text in self._vote.gather([mine], attempt.index).items() if text[0] is not None}
+        rank = min(everyone, default=0)
+        reason = everyone.get(rank, ["vetoed by a guard"])[0]
         return Decision(Action.VETO, "gradient", f"rank {rank}: {reason}", rank)
 
     def _refuses_norm(self, attempt: Attempt) -> bool:

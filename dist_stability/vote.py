@@ -161,6 +161,11 @@ class Vote:
         """Whether any rank said no or vetoed, from a reduced vector: a 0-d bool tensor, not waited for."""
         return vector[0] + vector[3] > 0
 
+    @staticmethod
+    def square_sum(vector: torch.Tensor) -> torch.Tensor:
+        """Squared global gradient norm, of its finite parts, from a reduced vector: 0-d float64, not waited for."""
+        return vector[6]
+
     def reduce(self, vector: torch.Tensor, attempt: int) -> torch.Tensor:
         """Sum the vectors of all ranks, in place.
 

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from dist_stability import GradientNormGuard, LossProbe, NonFiniteGuard, StabilityController
+from dist_stability.guards import Guard
 from dist_stability.testing import capture_state, compare
 from dist_stability.verdict import Action
 
@@ -19,6 +20,10 @@ FUSED = {
     "sgd-momentum": lambda p: torch.optim.SGD(p, lr=1e-2, momentum=0.9, fused=True),
     "adagrad": lambda p: torch.optim.Adagrad(p, lr=1e-2, fused=True),
 }
+
+
+class ReadsNorm(Guard):
+    reads_norm = True
 
 
 def loss_fn(model: nn.Module, batch: torch.Tensor) -> torch.Tensor:
@@ -61,7 +66,8 @@ def test_the_flag_stays_on_the_device_only_where_that_is_exact() -> None:
     """The optimizer's own step runs on a device veto, and is not called on a host veto."""
     for optimizer, guards, runs in (
         ("adamw", (NonFiniteGuard(),), True),
-        ("adamw", (NonFiniteGuard(), GradientNormGuard()), False),  # needs the norm on the host before the step
+        ("adamw", (NonFiniteGuard(), GradientNormGuard()), True),
+        ("adamw", (NonFiniteGuard(), ReadsNorm()), False),  # needs the norm on the host before the step
     ):
         model, made, controller = build(optimizer, guards=guards)
         backward(model)
@@ -71,6 +77,31 @@ def test_the_flag_stays_on_the_device_only_where_that_is_exact() -> None:
         backward(model, poison=True)
         assert controller.step().action is Action.VETO
         assert stepped == ([1.0] if runs else [])
+
+
+@pytest.mark.parametrize("given", [False, True])
+def test_a_norm_beyond_the_limit_is_vetoed_on_the_device(given: bool) -> None:
+    """With a caller's norm and without; the host learns of it only after the optimizer's no-op."""
+    model, made, controller = build("adamw", guards=(GradientNormGuard(),))
+    stepped: list[float] = []
+    made.register_step_pre_hook(lambda o, *_: stepped.append(float(getattr(o, "found_inf", 0.0))))
+    actions = []
+    for attempt in range(12):
+        backward(model)
+        if attempt == 10:
+            image = capture_state(model, made)
+            for parameter in model.parameters():
+                parameter.grad.mul_(1e4)  # type: ignore[union-attr]
+        norm = torch.stack([p.grad.norm() for p in model.parameters() if p.grad is not None]).norm()
+        verdict = controller.step(grad_norm=norm if given else None)
+        actions.append(verdict.action)
+        if attempt == 10:
+            assert "gradient norm" in verdict.reason and "scales above" in verdict.reason
+            weights = [line for line in compare(image, capture_state(model, made)) if line.startswith("parameter")]
+            assert not weights
+    assert actions == [Action.COMMIT] * 10 + [Action.VETO, Action.COMMIT]
+    # The first step has no optimizer state yet, so there the host waits.
+    assert stepped[-2:] == [1.0, 0.0] and not any(stepped[:-2])
 
 
 def test_a_found_inf_that_is_already_there_is_kept() -> None:
