@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import sys
 import time
+from collections import Counter
 from typing import Any
 
 from torch import nn
@@ -15,9 +16,8 @@ from dist_stability.experiments.options import Options
 from dist_stability.experiments.tasks import Task
 from dist_stability.experiments.wrapping import Processes
 from dist_stability.report.events import EventLog, write_json
+from dist_stability.report.runs import REFUSALS
 from dist_stability.report.versions import source_digest, versions
-
-REFUSALS = ("veto", "rollback", "deep_rollback")
 
 
 class RunRecorder:
@@ -42,6 +42,9 @@ class RunRecorder:
         self._refused: list[int] = []
         self._undone: list[int] = []
         self._batch_of: list[int] = []
+        self._standing: dict[int, int] = {}
+        self._rungs: Counter[str] = Counter()
+        self._warnings = 0
         self._committed: list[tuple[int, float]] = []
         self._begin = time.perf_counter()
         self._facts = {
@@ -69,12 +72,18 @@ class RunRecorder:
         """Take one event from the controller."""
         self._batch_of.append(self._batch)
         undone = event["undone"]
+        self._rungs.update([event["rung"]] if event["rung"] else [])
+        self._warnings += bool(event["warning"])
         if event["action"] in REFUSALS:
             self._refused.append(self._batch)
             self._undone += [self._batch_of[attempt] for attempt in undone]
+            for attempt in undone:
+                self._standing.pop(attempt, None)
             while self._committed and self._committed[-1][0] in undone:
                 self._committed.pop()
-        elif event["action"] == "commit":
+        elif event["action"] != "scaler_skip":
+            self._standing[event["attempt"]] = self._batch
+        if event["action"] in ("commit", "attenuate"):
             # Observed, a proposal that would be vetoed is accepted and not measured.
             measured = event["measurement"]
             self._committed.append((event["attempt"], math.nan if measured is None else measured))
@@ -97,6 +106,7 @@ class RunRecorder:
         path = self._options.out / "summary.json"
         if not self._writes and (error is None or path.exists()):
             return
+        standing = set(self._standing.values())
         stop: dict[str, Any] = {}
         if error is not None:
             stop = {"error": type(error).__name__, "reason": str(error)}
@@ -110,8 +120,11 @@ class RunRecorder:
                 "finished": error is None,
                 **stop,
                 **self._facts,
-                "refused": self._refused,
-                "undone": sorted(set(self._undone)),
+                # A batch that was taken back and stands after its replay was neither refused nor undone.
+                "refused": [batch for batch in dict.fromkeys(self._refused) if batch not in standing],
+                "undone": sorted(set(self._undone) - standing),
+                "rungs": dict(self._rungs),
+                "warnings": self._warnings,
                 "final_probe": self.probe,
                 "evaluation": evaluation,
                 "seconds": time.perf_counter() - self._begin,

@@ -203,15 +203,18 @@ def _guard_figures(run: RunRecord, words: Words) -> list[str]:
 
 
 def _refusals(run: RunRecord) -> str:
-    events = run.would_refuse or run.refusals
+    events = run.would_refuse or run.notable
+    refused = run.would_refuse or run.refusals
     verb = "would have refused" if run.would_refuse else "refused"
     if not events:
         return html.paragraph(f"{run.name} refused nothing in {len(run.events)} attempts.")
-    head = ("batch", "action", "signal", "rank", "probe", "innovation", "bound", "gradient norm", "undone", "reason")
+    head = ("batch", "action", "rung", "signal", "rank", "probe", "innovation", "bound", "gradient norm", "undone")
+    head = (*head, "pattern", "reason")
     rows = [
         (
             run.batch(event),
             event.get("would") or event["action"],
+            event.get("rung") or None,
             event["signal"],
             event["rank"],
             event["measurement"],
@@ -219,13 +222,14 @@ def _refusals(run: RunRecord) -> str:
             event["bound"],
             event.get("gradient_norm"),
             event["undone"] or None,
-            event["reason"],
+            event.get("pattern") or None,
+            event.get("warning") or event["reason"],
         )
         for event in events[:SHOWN_EVENTS]
     ]
     more = len(events) - len(rows)
     note = html.paragraph(f"... and {more} more, in events.jsonl.") if more else ""
-    said = html.paragraph(f"{run.name} {verb} {len(events)} of {len(run.events)} attempts.")
+    said = html.paragraph(f"{run.name} {verb} {len(refused)} of {len(run.events)} attempts.")
     return said + html.table(head, rows) + note
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from dist_stability.report.extras import import_extra
-from dist_stability.report.runs import RunRecord
+from dist_stability.report.runs import REFUSALS, RunRecord
 
 INK, FAINT, GRID = "#1f2430", "#6b7280", "#e5e7eb"
 COLORS = {"clean": "#6b7280", "baseline": "#d1495b", "guarded": "#1d6fb8", "twin": "#1b9e77"}
@@ -69,9 +69,7 @@ def innovation(run: RunRecord, *, title: str, subtitle: str = "") -> Any:
     axes.set_ylabel("probe minus prediction (nats)")
     bound = run.series("bound")
     refused = [event for event in run.refusals if _finite(event["innovation"])]
-    accepted = [
-        e for e in run.events if e["action"] not in ("veto", "rollback", "deep_rollback") and _finite(e["innovation"])
-    ]
+    accepted = [e for e in run.events if e["action"] not in REFUSALS and _finite(e["innovation"])]
     axes.axhline(0, color=GRID, linewidth=1, zorder=1)
     axes.plot(*bound, color=REFUSED, linewidth=1.6, drawstyle="steps-mid", label="bound", zorder=2)
     axes.scatter(

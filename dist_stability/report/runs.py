@@ -11,7 +11,7 @@ from typing import Any
 from dist_stability.report.events import read_events, read_json
 from dist_stability.testing import FaultInjector
 
-REFUSALS = ("veto", "rollback", "deep_rollback")
+REFUSALS = ("veto", "rollback", "deep_rollback", "reload")
 FAULTS_IN_NUMBERS = ("gradient-scale", "nan", "inf", "bit-flip")
 
 
@@ -46,8 +46,19 @@ class RunRecord:
 
     @property
     def refusals(self) -> list[dict[str, Any]]:
-        """Events of vetoes and rollbacks."""
+        """Events of vetoes, rollbacks and reloads."""
         return [event for event in self.events if event["action"] in REFUSALS]
+
+    @property
+    def notable(self) -> list[dict[str, Any]]:
+        """Events of everything that was not simply accepted, and of the first warning of each stretch of them."""
+        chosen, warned = [], False
+        for event in self.events:
+            warning = bool(event.get("warning"))
+            if event["action"] in (*REFUSALS, "attenuate") or (warning and not warned):
+                chosen.append(event)
+            warned = warning
+        return chosen
 
     @property
     def would_refuse(self) -> list[dict[str, Any]]:

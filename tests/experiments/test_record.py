@@ -16,7 +16,9 @@ from dist_stability.report.events import read_events, read_json
 
 
 def event(attempt: int, action: str, measurement: float | None, undone: tuple[int, ...] = ()) -> dict[str, Any]:
-    return {"attempt": attempt, "action": action, "measurement": measurement, "undone": list(undone)}
+    rung = {"commit": "", "unjudged": "", "rollback": "skip", "veto": "skip"}.get(action, action)
+    facts = {"attempt": attempt, "action": action, "measurement": measurement, "undone": list(undone)}
+    return {**facts, "rung": rung, "warning": ""}
 
 
 def test_the_state_goes_back_with_a_refusal(tmp_path: Path) -> None:
@@ -48,6 +50,28 @@ def test_the_state_goes_back_with_a_refusal(tmp_path: Path) -> None:
     events = read_events(tmp_path / "events.jsonl")
     assert [(e["batch"], e["attempt"]) for e in events[:4]] == [(0, 0), (1, 1), (3, 2), (4, 3)]
     assert events[7]["measurement"] == math.inf and events[7]["probe"] == 5.0
+
+
+def test_a_batch_that_stands_after_its_replay_was_not_refused(tmp_path: Path) -> None:
+    options = parse_options(["--out", str(tmp_path)], 1)
+    task = make_task("text")
+    with RunRecorder(options, task, Processes(0, 1, torch.device("cpu")), task.build()) as record:
+        said = [
+            (0, event(0, "unjudged", None)),
+            (1, event(1, "unjudged", None)),
+            (2, event(2, "rollback", 9.0, (0, 1))),
+            (0, event(3, "commit", 5.0)),
+            (1, event(4, "rollback", 9.0)),
+            (2, event(5, "attenuate", 4.5)),
+            (3, event(6, "reload", 9.0, (3, 5))),
+        ]
+        for batch, what in said:
+            record.begin_batch(batch)
+            record.event(what)
+        record.finish()
+    summary = read_json(tmp_path / "summary.json")
+    assert summary["refused"] == [2, 1, 3] and summary["undone"] == [0, 1, 2]
+    assert summary["rungs"] == {"skip": 2, "attenuate": 1, "reload": 1}
 
 
 def test_other_ranks_keep_quiet_and_an_old_summary_is_removed(tmp_path: Path) -> None:
