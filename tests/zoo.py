@@ -297,7 +297,7 @@ def control(
         rule=rule if rule is not None else PredictiveInnovation(),
         guards=options.pop("guards", (NonFiniteGuard(),) if case.guards else ()),
         extra_state=setup.extra_state or None,
-        every=case.every,
+        every=options.pop("every", case.every),
         probe_on=case.probe_on,
         **options,
     )

@@ -7,6 +7,8 @@ Let y_k be the committed measurements, and let ``prediction_t`` and ``bound_t`` 
 * Proposition 7.5: ``y_{t+1} <= max_{k<=t} y_k + bound_t``. (With a constant bound epsilon it follows that
   ``max_{k<=t} y_k <= y_0 + t epsilon``.) For ``FixedInnovation`` the reference is a convex combination of committed
   measurements, so it never exceeds the highest; for ``PredictiveInnovation`` see the docstring of ``predictive``.
+* Envelope: ``y_{t+1} <= envelope_t``, for a rule that has one. Proposition 7.5 allows a rise of epsilon at every step,
+  so what it promises gets weaker as the run gets longer; an envelope hangs on the best committed value instead.
 
 What is outside them: the first commits of a rule without history (their bound is +inf), steps that were not judged
 (``every > 1``; only judged commits count) and observe mode, where a refused proposal stands.
@@ -37,7 +39,7 @@ class GuaranteeViolation(StabilityError):
     """A promise of the controller was broken: the rule or the restore is wrong, and the run cannot be trusted.
 
     Attributes:
-        guarantee: "Theorem 7.3", "Proposition 7.4" or "Proposition 7.5".
+        guarantee: "Theorem 7.3", "Proposition 7.4", "Proposition 7.5" or "Envelope".
         numbers: What was compared, by name.
     """
 
@@ -64,19 +66,23 @@ class Guarantees:
         """Highest measurement committed so far; None before the first."""
         return self._highest
 
-    def committed(self, measurement: float, judgement: Judgement | None = None) -> None:
-        """Check a commit against Theorem 7.3 and Proposition 7.5, and remember its measurement.
+    def committed(self, measurement: float, judgement: Judgement | None = None, envelope: float | None = None) -> None:
+        """Check a commit against Theorem 7.3, Proposition 7.5 and the envelope, and remember its measurement.
 
         Args:
             measurement: The committed probe value.
             judgement: What the rule said about it. None when nobody judged: the probe of the starting weights, and
                 commits in observe mode; these are only remembered.
+            envelope: Highest measurement that the rule would have committed at all; None if it has no such limit.
 
         Raises:
-            GuaranteeViolation: The commit broke one of the two.
+            GuaranteeViolation: The commit broke one of them.
         """
         if judgement is not None:
             self._check(measurement, judgement)
+            # An infinite bound is one that did not count: the first commits, or a second probe that overruled it.
+            if envelope is not None and judgement.bound < math.inf:
+                self._check_envelope(measurement, envelope)
         if math.isfinite(measurement):
             self._highest = measurement if self._highest is None else max(self._highest, measurement)
 
@@ -108,6 +114,14 @@ class Guarantees:
         """Take back what ``state_dict`` returned."""
         highest = state["highest"]
         self._highest = None if highest is None else float(highest)
+
+    def _check_envelope(self, measurement: float, envelope: float) -> None:
+        if not measurement <= envelope + _ROUNDING * max(abs(measurement), abs(envelope)):
+            raise GuaranteeViolation(
+                "Envelope",
+                "the committed measurement is above all that may be committed",
+                {"measurement": measurement, "envelope": envelope, "highest": self._highest},
+            )
 
     def _check(self, measurement: float, judgement: Judgement) -> None:
         innovation, bound = judgement.innovation, judgement.bound

@@ -77,6 +77,12 @@ class Panel:
         """Whether :meth:`anchor` and :meth:`deep` may be called."""
         return supports_deep(self.rule)
 
+    @property
+    def envelope(self) -> float | None:
+        """Highest measurement that may be committed now, whatever was predicted; None for a rule without a limit."""
+        limit = getattr(self.rule, "envelope", None)
+        return None if limit is None else float(limit)
+
     def start(self, measurement: float, second: float | None = None) -> None:
         """The probes of the starting weights."""
         self.rule.commit(measurement)

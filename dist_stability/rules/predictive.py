@@ -2,62 +2,64 @@
 
 Prediction ``p``, scale ``s`` and bar ``q`` come from committed values only::
 
-    prediction    p = l + min(b, 0)                          level and slope; a rise is never predicted
-    scale         s = max(1.2533 a, max(f (y0 - y_min), C max(0, -b)) / 6 + 1e-7 |l|)
-    evidence      x = max(0, (log g - mu_g) / max(1.2533 a_g, 0.2) - 3)          of the gradient norm g
+    prediction    p = l + k min(b, 0)                        level, slope, k steps; a rise is never predicted
+    scale         s = max(1.2533 a, max(f (y0 - y_min), C max(0, -b)) / 6 + 1e-7 |l|) J sqrt(k)
+    jump          J = max(1, announced learning rate / the one that a was learned under)
+    evidence      x = max(0, (log (g / J) - mu_g) / max(1.2533 a_g, 0.2) - 3)    of the gradient norm g
     bar           q = c(nu) T_nu(1 - rate) sqrt(1 + 1 / min(n, 23))              Student t, nu = 2, 3, 4, 4, ...
-    accept  iff   y and g finite  and  y - p <= (q - x / (1 + r/r1)) (1 + r/r0) s  =  bound
+    envelope      E = min over h of  l_h + q s_h J sqrt(steps since)             h = 2, 4, 8, 16, 32 commits ago
+                      and of         y_min + max(D (y0 - y_min), 2 q s_falls)
+    accept  iff   y and g finite  and  y - p <= min((q - x) s, E - p)  =  bound
 
 Every part is there for a failure it fixed in closed loop (reject = restore, next batch):
 
-* level *and* slope, short memory: on a falling loss an average lags above the probe and lets damage pass below it;
+* level *and* slope, short memory: on a falling loss an average lags above the probe and lets damage pass below it. The
+  level follows a fall by 4 scales at most: after one outlier downward everything usual would look high;
 * ``1.2533 a`` (a mean absolute innovation, equal to sigma for a Gaussian), with single innovations clipped at 3 scales
-  upward and 8 downward: one bad commit cannot blind the rule, while a true change of scale is followed at once;
+  upward and 8 downward: one bad commit cannot blind the rule, while a true change of scale is followed at once. The
+  first steps of a run are steep; weights that grow with n forget them before the tenth commit;
 * the floors: a converged, nearly constant probe, and a very smooth descent whose natural ripple would be refused for
   ever, because an exact restore brings back the momentum that makes it (``materiality``);
-* patience, ``1 + r/r0`` after r refusals in a row: a rule that learns from commits only would otherwise lock out for
-  ever after a lasting change; it grows with the *size* of the jump it gives in to, and re-anchors when it does;
+* *no patience with the probe*: the state is restored exactly and the probe is fixed, so a rise that every proposal
+  repeats is damage, however often it is repeated. What resolves it is the controller's ladder, not a bound that gives
+  way. What is known not to be damage is told: a higher learning rate by ``expect``, a moved yardstick by ``rebase``;
 * gradient evidence ``x``: under Adam the step after an enormous gradient hardly moves the probe, its harm comes later
-  out of the moments. Evidence lowers the bar instead of deciding alone, since benign outliers of the norm are common;
+  out of the moments. Evidence lowers the bar instead of deciding alone, since benign outliers of the norm are common.
+  The mean of log g follows with gain 0.3: norms drift, and with the slow mean of the notes (1/16) a norm 300 times the
+  usual one was missed in warm-up. It has patience, since a norm may change for good while the probe is harmless;
+* the envelope over horizons: label noise or a learning rate ten times too high lifts every commit by less than the bar.
+  Over h steps a random walk spreads by sqrt(h), so the same bar holds for the sum, in the scale of before the rise;
+* the envelope above the best: without it the guarantee grows with every step. A quarter of all descent so far may be
+  lost, no more. That is far more than noise, and room for the slow rise of a run that overfits; one that loses a
+  quarter of what it gained on held-out data is refused, and should be stopped. ``s_falls`` is learned from falls only:
+  a larger noise has them and widens the envelope, a drift has not;
 * deep restore: the poison was committed already and every later proposal is bad. Asked for only while refusals carry
-  *no* gradient evidence, since ordinary faults must not cost 8 to 16 committed steps.
+  *no* gradient evidence, since ordinary faults must not cost 8 to 16 committed steps; or while nothing is finite.
+
+MEASURED
 
 The bound of the controller paper (Proposition 7.5) holds with the rule's own bound: ``p <= l``, and ``l`` never
-exceeds the highest committed measurement M. By induction over commits: ``l' = p + 0.8 (y - p)`` lies between p and y,
-hence below max(l, y); re-anchoring sets ``l' = y``; a deep restore brings back an earlier ``l``; clipping touches only
-the scale. So an accepted y satisfies ``y <= p + bound <= M + bound``. The induction holds in floating point, too:
-rounding is monotone, and 0.8 leaves room for the rounding of ``y - p``. (The sum ``p + bound`` rounds: an ulp.)
+exceeds the highest committed measurement M. By induction over commits: ``l' = p + 0.8 max(y - p, -4 s)`` lies between p
+and y, hence below max(l, y); a deep restore brings back an earlier ``l``; clipping touches only the scale; ``rebase``
+moves ``l`` and M alike. So an accepted y satisfies ``y <= p + bound <= M + bound``. The induction holds in floating
+point, too: rounding is monotone, and 0.8 leaves room for the rounding of ``y - p``. (The sum ``p + bound`` rounds: an
+ulp.) Besides, ``y <= envelope``.
 """
 
 from __future__ import annotations
 
 import math
-import sys
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
 from typing import Any
 
-from dist_stability.rules.base import checked_setting, checked_state
+from dist_stability.rules.base import checked_setting
+from dist_stability.rules.learned import HORIZONS, LARGEST, NORM_WARM_UP, WARM_UP, Learned
 from dist_stability.rules.student import student_quantile
 from dist_stability.verdict import Judgement
 
-_LARGEST = 1e200  # a larger |measurement| is a diverged run; below it no statistic, product or bound can overflow
-_SMALLEST_SCALE = sys.float_info.min  # a probe that was exactly 0 so far still has a bound that patience can raise
-
-_MEAN_ABS_TO_SIGMA = 1.2533  # sqrt(pi / 2): sigma of a Gaussian over its mean absolute value
-_LEVEL_GAIN = 0.8
-_SLOPE_GAIN = 0.1
-_SCALE_GAIN = 1.0 / 12.0
 _SCALE_MEMORY = 23  # samples an exponential average of gain 1/12 is worth, 2 / gain - 1
-_CLIP_RISE, _CLIP_FALL = 3.0, 8.0  # scales
-_DESCENT_FLOOR = 1e-3  # of the descent since the start
-_FLOOR_BAR = 6.0  # scales that turn a floor on the bar into a floor on the scale
-_WARM_UP = 3  # commits before the probe is judged
-_NORM_GAIN = 1.0 / 16.0
-_NORM_WARM_UP = 8  # norms before the gradient is judged
-_NORM_SCALE_FLOOR = 0.2  # in units of log norm
 _NORM_FREE = 3.0  # scales of log norm that are no evidence at all
-_NORM_CLIP = 3.0
+_NOISE_ROOM = 2.0  # bars of noise that the envelope leaves above the best
 
 _ANCHORS = 2
 _COOL_DOWN = 16  # commits between two deep restores
@@ -66,44 +68,31 @@ _SUSPECT_SCORE = 3.0  # a recent commit this high may be the poison: two refusal
 _SUSPECT_REFUSALS, _REFUSALS = 2, 8
 
 
-@dataclass(slots=True)
-class _Learned:
-    """What an anchor keeps and a deep restore brings back."""
-
-    level: float = 0.0  # l
-    slope: float = 0.0  # b, per commit
-    spread: float = 0.0  # a, mean absolute innovation
-    best: float = 0.0  # y_min
-    log_norm: float | None = None  # mu_g
-    log_norm_spread: float = 0.0  # a_g
-
-
 class PredictiveInnovation:
     """Refuse a step whose probe lands improbably far above the prediction; one number to set.
 
     Affine-equivariant in the measurement (except for a relative floor of 1e-7 on the scale) and scale-free in the
     gradient norm, so the same settings serve any loss. Until three proposals were committed only finiteness is checked
     and ``bound`` is +inf; the gradient norm is evidence from its ninth value on. ``bound`` falls with gradient evidence
-    (below zero when the evidence alone exceeds the bar, -inf for a norm that is not finite) and rises with the refusals
-    in a row. A norm of exactly 0 is no evidence and teaches nothing.
+    (below zero when the evidence alone exceeds the bar, -inf for a norm that is not finite). A norm of exactly 0 is no
+    evidence and teaches nothing.
 
     A value that is not finite, a negative norm, or a measurement beyond 1e200 is refused. Committed all the same (in
     observe mode), such a measurement changes nothing, and such a norm is left out.
 
-    Two kinds of probe starve the scale, so that the first ordinary rise looks enormous: one rounded to bfloat16, whose
-    value stands still and then jumps by a whole step (measure in float32), and weights that do not move for the first
-    commits (a learning rate of exactly 0).
+    A probe rounded to bfloat16 stands still and then jumps by a whole step; its jumps alone teach the scale, since a
+    measurement equal to the one before teaches nothing (nor does a learning rate of exactly 0). Measure in float32.
 
-    Source: this project's detector notes, rule "LS+gd" with C = 8, tuned and reported in closed loop.
+    Source: this project's detector notes, rule "LS+gd" with C = 8, and closed-loop runs on its list of known failures.
     """
 
     def __init__(
         self,
         false_reject_rate: float = 5e-4,
         *,
-        patience: float = 32.0,
         gradient_patience: float = 128.0,
         materiality: float = 8.0,
+        drift: float = 0.25,
         deep_restore: bool = True,
     ) -> None:
         """Set the rate; the other settings have been measured and rarely need a change.
@@ -111,9 +100,11 @@ class PredictiveInnovation:
         Args:
             false_reject_rate: Nominal tail probability of the Student-t bar, 1e-12 <= rate < 0.5. The default puts the
                 bar at 6.2 scales; the realised rate on real trajectories is far below it.
-            patience: Refusals in a row that double the bar (r0). A jump of z scales gives in after r0 (z / 6.2 - 1).
-            gradient_patience: Refusals in a row that halve the weight of gradient evidence (r1).
+            gradient_patience: Refusals for gradient evidence in a row after which it is no evidence any more: the norm
+                has changed for good.
             materiality: A rise worth fewer than about this many steps of the current descent is not refused (C).
+            drift: Fraction of the descent so far that may be lost above the best committed value (D); math.inf for
+                no such envelope.
             deep_restore: Ask for the older anchor when refusals persist without an outlying gradient. Two anchors cost
                 two host copies of the training state; a sustained fault that is invisible in the gradient can be made
                 worse by it.
@@ -123,20 +114,19 @@ class PredictiveInnovation:
             ValueError: A setting is outside its range.
         """
         name = type(self).__name__
-        refusals = "a finite number >= 1"
         self.false_reject_rate = checked_setting(
             f"{name} false_reject_rate",
             false_reject_rate,
             "a probability with 1e-12 <= rate < 0.5",
             lambda v: 1e-12 <= v < 0.5,
         )
-        self.patience = checked_setting(f"{name} patience", patience, refusals, lambda v: 1 <= v < math.inf)
         self.gradient_patience = checked_setting(
-            f"{name} gradient_patience", gradient_patience, refusals, lambda v: 1 <= v < math.inf
+            f"{name} gradient_patience", gradient_patience, "a finite number >= 1", lambda v: 1 <= v < math.inf
         )
         self.materiality = checked_setting(
             f"{name} materiality", materiality, "a number with 0 <= materiality <= 1e6", lambda v: 0 <= v <= 1e6
         )
+        self.drift = checked_setting(f"{name} drift", drift, "a number with 0 < drift <= inf", lambda v: v > 0)
         if not isinstance(deep_restore, bool):
             raise TypeError(f"{name} deep_restore must be True or False, got {deep_restore!r}")
         self.deep_restore = deep_restore
@@ -147,15 +137,41 @@ class PredictiveInnovation:
             3: math.sqrt(1 / 3) * student_quantile(self.false_reject_rate, 3),
             4: math.sqrt(1 / 2) * student_quantile(self.false_reject_rate, 4),
         }
-        self._learned = _Learned()
+        self._learned = Learned()
         self._first: float | None = None  # y0
         self._commits = 0  # n: commits after the first measurement
         self._norms = 0  # n_g
         self._recent: list[float] = []  # scores z of the last commits
-        self._refused = 0  # r: in a row
-        self._refused_quietly = 0  # r_y: in a row without gradient evidence
+        self._refused = 0  # in a row
+        self._refused_quietly = 0  # in a row without gradient evidence
+        self._refused_loudly = 0  # in a row with gradient evidence
+        self._refused_broken = 0  # in a row because a number was not finite
+        self._steps = 1  # of the next proposal
+        self._rate: float | None = None  # announced for it
         self._since_deep = _COOL_DOWN  # commits since the last deep restore; the first one need not wait
         self._anchors = 0
+
+    def expect(self, *, steps: int = 1, learning_rate: float | None = None) -> None:
+        """See :meth:`ExpectingRule.expect`."""
+        self._steps = max(1, int(steps))
+        known = learning_rate is not None and 0.0 < learning_rate < math.inf
+        self._rate = float(learning_rate) if known else None  # type: ignore[arg-type]
+
+    @property
+    def envelope(self) -> float:
+        """Highest measurement that may be committed now, whatever is predicted; +inf before there is a scale."""
+        if self._first is None or self._commits < WARM_UP:
+            return math.inf
+        learned, bar = self._learned, self._bar()
+        room = max(self.drift * (self._first - learned.best), _NOISE_ROOM * bar * learned.scale_of_falls())
+        highest = learned.best + (math.inf if math.isnan(room) else room)
+        reach, now = bar * learned.jump(self._rate), learned.clock + self._steps
+        for horizon in HORIZONS:
+            if horizon > len(learned.levels):
+                break
+            allowed = reach * learned.scales[-horizon] * math.sqrt(now - learned.times[-horizon])
+            highest = min(highest, learned.levels[-horizon] + allowed)
+        return highest
 
     def judge(self, measurement: float, gradient_norm: float | None = None) -> Judgement:
         """Compare the innovation with the bound; changes no state.
@@ -165,20 +181,20 @@ class PredictiveInnovation:
         """
         measurement = float(measurement)
         started = self._first is not None
-        innovation = measurement - self._prediction() if started else math.nan
+        innovation = measurement - self._learned.prediction(self._steps) if started else math.nan
         evidence = self._evidence(gradient_norm)
         bound = self._bound(evidence)
         usable = _usable_measurement(measurement) and _usable_norm(gradient_norm)
         accepted = usable and (not started or innovation <= bound)
-        deep = not accepted and self._wants_deep(self._quiet_after(measurement, gradient_norm))
+        deep = not accepted and self._wants_deep(*self._refusals_after(measurement, gradient_norm)[1:])
         if not _usable_measurement(measurement):
             reason = f"measurement is {measurement:g}"
         elif not _usable_norm(gradient_norm):
             reason = f"gradient norm is {gradient_norm:g}"
         elif not started:
             reason = "no committed value yet: only checked for being finite"
-        elif self._commits < _WARM_UP:
-            reason = f"only checked for being finite (commit {self._commits + 1} of {_WARM_UP})"
+        elif self._commits < WARM_UP:
+            reason = f"only checked for being finite (commit {self._commits + 1} of {WARM_UP})"
         else:
             reason = (
                 f"innovation {innovation:+.4g} {'within' if accepted else 'above'} bound {bound:.4g} "
@@ -189,36 +205,46 @@ class PredictiveInnovation:
             )
         if deep:
             reason += "; refusals persist without an outlying gradient: back to the older anchor"
-        return Judgement(accepted, innovation, bound, reason, deep)
+        return Judgement(accepted, innovation, bound, reason, deep, evidence)
 
     def commit(self, measurement: float, gradient_norm: float | None = None) -> None:
         """Learn from a proposal that stands, and forget the refusals in a row."""
         measurement = float(measurement)
         if not _usable_measurement(measurement):
             return
-        released = self._refused >= self.patience
-        self._refused = self._refused_quietly = 0
+        anew = self._refused_loudly >= self.gradient_patience
+        self._refused = self._refused_quietly = self._refused_loudly = self._refused_broken = 0
         if self._first is None:
-            self._first = self._learned.level = self._learned.best = measurement
+            self._first, self._learned = measurement, Learned.start(measurement)
             return
-        self._learn_measurement(measurement)
+        if measurement != self._learned.last:
+            self._learn(measurement)
         if gradient_norm and _usable_norm(gradient_norm):
-            self._learn_norm(float(gradient_norm), released)
-        if released:
-            # What was just given in to is the new normal: without a fresh start the next step is refused again.
-            self._learned.level = measurement
-            self._recent = []
+            self._norms += 1
+            self._learned.learn_norm(float(gradient_norm), self._norms, anew)
         self._since_deep += 1
+        self._steps, self._rate = 1, None
 
     def reject(self, measurement: float, gradient_norm: float | None = None) -> None:
-        """Count a refusal: it raises the next bounds, and may lead to a deep restore."""
-        self._refused_quietly = self._quiet_after(float(measurement), gradient_norm)
+        """Count a refusal; it may lead to a deep restore."""
+        after = self._refusals_after(float(measurement), gradient_norm)
+        self._refused_loudly, self._refused_quietly, self._refused_broken = after
         self._refused += 1
+
+    def rebase(self, measurement: float) -> None:
+        """See :meth:`RebasingRule.rebase`. A measurement that is not usable changes nothing."""
+        measurement = float(measurement)
+        if self._first is None or not _usable_measurement(measurement):
+            return
+        difference = measurement - self._learned.last
+        self._learned.shift(difference)
+        self._learned.last = measurement  # exactly: the next equal one teaches nothing
+        self._first += difference
 
     def anchor(self) -> dict[str, Any]:
         """See :meth:`DeepRule.anchor`."""
         self._anchors = min(_ANCHORS, self._anchors + 1)
-        return {"rule": type(self).__name__, **asdict(self._learned)}
+        return {"rule": type(self).__name__, **self._learned.state()}
 
     def deep(self, anchor: Mapping[str, Any]) -> None:
         """Continue from the statistics of the restored anchor, with a clean memory of refusals.
@@ -227,36 +253,33 @@ class PredictiveInnovation:
             TypeError: The anchor is not a mapping.
             ValueError: It was not made by this class's ``anchor()``; nothing was changed.
         """
-        numbers = [field.name for field in fields(_Learned) if field.name != "log_norm"]
-        self._learned = _Learned(**checked_state(self, anchor, numbers=numbers, optional=("log_norm",), where="deep"))
-        if self._learned.log_norm is None:
+        learned = Learned.from_state(self, anchor, "deep")
+        learned.shift(self._learned.moved - learned.moved)  # what was rebased since holds for the anchor, too
+        self._learned = learned
+        if learned.log_norm is None:
             self._norms = 0  # the anchor is older than the first norm: learn its scale from the start
         self._recent = []
-        self._refused = self._refused_quietly = self._since_deep = 0
+        self._refused = self._refused_quietly = self._refused_loudly = self._refused_broken = self._since_deep = 0
         self._anchors = _ANCHORS
 
     def settings(self) -> dict[str, Any]:
         """How the rule was built; the same on every rank."""
         return {
             "false_reject_rate": self.false_reject_rate,
-            "patience": self.patience,
             "gradient_patience": self.gradient_patience,
             "materiality": self.materiality,
+            "drift": self.drift,
             "deep_restore": self.deep_restore,
         }
 
     def state_dict(self) -> dict[str, Any]:
-        """Learned statistics and the memory of refusals: about 20 numbers, exact through JSON."""
+        """Learned statistics and the memory of refusals: about 120 numbers, exact through JSON."""
         return {
             "rule": type(self).__name__,
-            **asdict(self._learned),
+            **self._learned.state(),
             "first": self._first,
-            "commits": self._commits,
-            "norms": self._norms,
             "recent": list(self._recent),
-            "refused": self._refused,
-            "refused_quietly": self._refused_quietly,
-            "since_deep": self._since_deep,
+            **{name: getattr(self, f"_{name}") for name in _COUNTS},
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -266,42 +289,31 @@ class PredictiveInnovation:
             TypeError: The state is not a mapping.
             ValueError: It belongs to another rule or is malformed; nothing was changed.
         """
-        values = checked_state(
-            self,
-            state,
-            numbers=("level", "slope", "spread", "best", "log_norm_spread"),
-            optional=("log_norm", "first"),
-            counts=("commits", "norms", "refused", "refused_quietly", "since_deep"),
-            lists=("recent",),
+        self._learned = Learned.from_state(
+            self, state, "load_state_dict", optional=("first",), counts=_COUNTS, lists=("recent",)
         )
-        self._learned = _Learned(**{field.name: values[field.name] for field in fields(_Learned)})
-        self._first = values["first"]
-        self._commits = values["commits"]
-        self._norms = values["norms"]
-        self._recent = list(values["recent"])
-        self._refused = values["refused"]
-        self._refused_quietly = values["refused_quietly"]
-        self._since_deep = values["since_deep"]
-        self._anchors = 0
+        self._first, self._recent = state["first"], list(state["recent"])
+        for name in _COUNTS:
+            setattr(self, f"_{name}", state[name])
+        self._steps, self._rate, self._anchors = 1, None, 0
 
     def __repr__(self) -> str:
         now = "nothing committed"
         if self._first is not None:
-            now = f"commits={self._commits}, prediction={self._prediction():.4g}, scale={self._scale():.3g}"
+            now = f"commits={self._commits}, prediction={self._learned.prediction(1):.4g}, scale={self._scale():.3g}"
         return (
             f"{type(self).__name__}(false_reject_rate={self.false_reject_rate:g}; {now}, "
             f"refused_in_row={self._refused}, anchors={self._anchors})"
         )
 
-    def _prediction(self) -> float:
-        return self._learned.level + min(self._learned.slope, 0.0)
+    def _scale_of_step(self) -> float:
+        """Of one step, at the announced learning rate."""
+        descent = 0.0 if self._first is None else self._first - self._learned.best
+        return self._learned.scale(descent, self.materiality) * self._learned.jump(self._rate)
 
     def _scale(self) -> float:
-        """Standard deviation of the innovation, never below what would be immaterial."""
-        learned = self._learned
-        descent = 0.0 if self._first is None else self._first - learned.best
-        floor = max(_DESCENT_FLOOR * descent, self.materiality * max(0.0, -learned.slope)) / _FLOOR_BAR
-        return max(_MEAN_ABS_TO_SIGMA * learned.spread, floor + 1e-7 * abs(learned.level), _SMALLEST_SCALE)
+        """Standard deviation of the next innovation."""
+        return self._scale_of_step() * math.sqrt(self._steps)
 
     def _bar(self) -> float:
         """How many scales are too many; wider while the scale rests on few commits."""
@@ -312,69 +324,53 @@ class PredictiveInnovation:
         """How many scales the log gradient norm lies beyond what needs no explanation; +inf when it is no norm."""
         if not _usable_norm(gradient_norm):
             return math.inf
-        learned = self._learned
-        if not gradient_norm or learned.log_norm is None or self._norms < _NORM_WARM_UP:
+        if not gradient_norm or self._learned.log_norm is None or self._norms < NORM_WARM_UP:
             return 0.0
-        return max(0.0, (math.log(gradient_norm) - learned.log_norm) / self._norm_scale() - _NORM_FREE)
-
-    def _norm_scale(self) -> float:
-        return max(_MEAN_ABS_TO_SIGMA * self._learned.log_norm_spread, _NORM_SCALE_FLOOR)
+        # A larger learning rate that was announced may enlarge the gradient as much.
+        return max(0.0, self._learned.norm_score(gradient_norm, self._learned.jump(self._rate)) - _NORM_FREE)
 
     def _bound(self, evidence: float) -> float:
         """Largest innovation that is accepted given this much gradient evidence."""
         if evidence == math.inf:
             return -math.inf
-        if self._commits < _WARM_UP:
+        if self._commits < WARM_UP:
             return math.inf
-        lowered = self._bar() - evidence / (1 + self._refused / self.gradient_patience)
-        return lowered * (1 + self._refused / self.patience) * self._scale()
+        if self._refused_loudly >= self.gradient_patience:
+            evidence = 0.0
+        return min((self._bar() - evidence) * self._scale(), self.envelope - self._learned.prediction(self._steps))
 
-    def _quiet_after(self, measurement: float, gradient_norm: float | None) -> int:
-        """Refusals in a row without gradient evidence, once this one is counted."""
-        quiet = _usable_measurement(measurement) and self._evidence(gradient_norm) == 0.0
-        return self._refused_quietly + 1 if quiet else 0
+    def _refusals_after(self, measurement: float, gradient_norm: float | None) -> tuple[int, int, int]:
+        """Refusals in a row with, without and for lack of evidence, once this one is counted."""
+        if not (_usable_measurement(measurement) and _usable_norm(gradient_norm)):
+            return self._refused_loudly, 0, self._refused_broken + 1
+        if self._evidence(gradient_norm) > 0.0:
+            return self._refused_loudly + 1, 0, 0
+        return self._refused_loudly, self._refused_quietly + 1, 0
 
-    def _wants_deep(self, quiet: int) -> bool:
-        if not self.deep_restore or self._anchors < _ANCHORS or self._since_deep < _COOL_DOWN:
+    def _wants_deep(self, quiet: int, broken: int) -> bool:
+        if not self.deep_restore or self._anchors < _ANCHORS or self._since_deep == 0:
             return False
+        if self._since_deep < _COOL_DOWN:
+            # Too few commits for new anchors: what was committed since the last deep restore is undone as well.
+            return max(quiet, broken) >= 2 * _REFUSALS
         suspect = max(self._recent, default=0.0) >= _SUSPECT_SCORE
-        return quiet >= _REFUSALS or (quiet >= _SUSPECT_REFUSALS and suspect)
+        return max(quiet, broken) >= _REFUSALS or (quiet >= _SUSPECT_REFUSALS and suspect)
 
-    def _learn_measurement(self, measurement: float) -> None:
-        """Update level, slope and scale with one committed innovation."""
-        learned = self._learned
-        prediction, scale = self._prediction(), self._scale()
-        innovation = measurement - prediction
-        if self._commits >= _WARM_UP:
-            score = min(max(innovation / scale, -_LARGEST), _LARGEST)
-            self._recent = [*self._recent, score][-_RECENT:]
+    def _learn(self, measurement: float) -> None:
+        scale = self._scale_of_step()
+        if self._commits >= WARM_UP:
+            score = (measurement - self._learned.prediction(self._steps)) / self._scale()
+            self._recent = [*self._recent, min(max(score, -LARGEST), LARGEST)][-_RECENT:]
         self._commits += 1
-        if self._commits <= _WARM_UP:
-            learned.spread += (abs(innovation) - learned.spread) / self._commits
-        else:
-            size = min(innovation, _CLIP_RISE * scale) if innovation > 0 else min(-innovation, _CLIP_FALL * scale)
-            learned.spread += max(1 / (self._commits + 1), _SCALE_GAIN) * (size - learned.spread)
-        level = prediction + _LEVEL_GAIN * innovation
-        learned.slope += max(1 / (self._commits + 1), _SLOPE_GAIN) * ((level - learned.level) - learned.slope)
-        learned.level = level
-        learned.best = min(learned.best, measurement)
+        self._learned.learn(measurement, self._commits, self._steps, self._rate, scale)
 
-    def _learn_norm(self, gradient_norm: float, released: bool) -> None:
-        """Update mean and scale of the log gradient norm with one committed norm."""
-        learned, value = self._learned, math.log(gradient_norm)
-        self._norms += 1
-        if learned.log_norm is None:
-            learned.log_norm = value
-            return
-        gain = max(1 / self._norms, _NORM_GAIN)
-        clip = _NORM_CLIP * self._norm_scale() if self._norms > _NORM_WARM_UP else math.inf
-        deviation = max(-clip, min(clip, value - learned.log_norm))
-        learned.log_norm_spread += gain * (abs(deviation) - learned.log_norm_spread)
-        learned.log_norm = value if released else learned.log_norm + gain * deviation
+
+_COUNTS = ("commits", "norms", "refused", "refused_quietly", "refused_loudly", "refused_broken", "since_deep")
+"""Attributes that are saved as they are, without their underscore."""
 
 
 def _usable_measurement(value: float) -> bool:
-    return abs(value) <= _LARGEST  # False for NaN
+    return abs(value) <= LARGEST  # False for NaN
 
 
 def _usable_norm(value: float | None) -> bool:

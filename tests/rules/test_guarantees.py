@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import random
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -19,7 +20,7 @@ RULES = [
     lambda: FixedInnovation(0.3, 0.1),
     lambda: FixedInnovation(0.0, 1e-6),
     PredictiveInnovation,
-    lambda: PredictiveInnovation(0.05, patience=2.0, gradient_patience=2.0),
+    lambda: PredictiveInnovation(0.05, gradient_patience=2.0),
 ]
 
 
@@ -47,7 +48,7 @@ def guarded(rule: Any, rows: list[tuple[float, float | None]], guarantees: Guara
     for y, g in rows[1:]:
         judgement = rule.judge(y, g)
         if judgement.accepted:
-            guarantees.committed(y, judgement)
+            guarantees.committed(y, judgement, getattr(rule, "envelope", None))
             rule.commit(y, g)
             counts["commits"] += 1
             if supports_deep(rule) and counts["commits"] % 8 == 0:
@@ -210,3 +211,14 @@ class TestWhatIsOutside:
                 resumed_rule.commit(y, g)
             else:
                 resumed_rule.reject(y, g)
+
+
+def test_the_envelope_is_checked_where_a_bound_counted() -> None:
+    guarantees = Guarantees()
+    guarantees.committed(5.0)
+    fine = Judgement(True, innovation=0.5, bound=1.0, reason="")
+    guarantees.committed(5.5, fine, envelope=5.5)
+    guarantees.committed(5.6, replace(fine, bound=math.inf), envelope=5.5)
+    with pytest.raises(GuaranteeViolation, match="Envelope") as violated:
+        guarantees.committed(5.6, fine, envelope=5.5)
+    assert violated.value.guarantee == "Envelope" and violated.value.numbers["envelope"] == 5.5
