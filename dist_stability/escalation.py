@@ -277,7 +277,7 @@ class Ladder:
             self._cut(refusal.attempt)
         if rung is Rung.RELOAD:
             self._reloads += 1
-        if rung is Rung.RELOAD or deep or refusal.signal == "trend":
+        if rung is Rung.RELOAD or deep:
             self._alarms = 0
         pattern = self.pattern
         self._went_back = self._went_back or deep or rung in (Rung.CUT_LR, Rung.RELOAD)
@@ -359,7 +359,8 @@ class Ladder:
         if self.stopped or self.in_a_row >= settings.max_refusals_in_row or self._window_spent():
             return Rung.STOP, False
         may_go_back = refusal.anchors > 0 and len(self._deeps) < settings.max_deep
-        if refusal.signal == "trend":
+        if refusal.signal == "trend" or (refusal.quiet and self.overdue() is not None):
+            self._alarms = 0
             if self._may_cut(refusal.attempt):
                 return Rung.CUT_LR, may_go_back
             return (Rung.DEEP_ROLLBACK, True) if may_go_back else (Rung.SKIP, False)

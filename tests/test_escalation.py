@@ -147,6 +147,10 @@ def test_slow_divergence_is_warned_of_and_then_acted_on() -> None:
     accept(ladder, range(10, 14), alarm=True)
     accept(ladder, range(14, 15), alarm=False)
     assert ladder.overdue() is None
+    refused_too = Ladder(Escalation(trend_after=5))
+    accept(refused_too, range(5), alarm=True)
+    assert refuse(refused_too, range(5, 6), **LOUD) == ["skip"]
+    assert refuse(refused_too, range(6, 8)) == ["cut_lr", "skip"], "a quiet refusal that comes first does as well"
     never = Ladder(Escalation(trend_after=0))
     accept(never, range(500), alarm=True)
     assert never.overdue() is None

@@ -38,6 +38,9 @@ BAD = 40
 
 RATE = 2e-3
 
+HEAVY = 17
+"""The batch of each epoch that is broken, where one is."""
+
 
 @dataclass(frozen=True)
 class Scenario:
@@ -49,6 +52,7 @@ class Scenario:
     anchors: int = 2
     checkpoint_at: int = -1
     batches: bool = False
+    epoch: int = 0
     escalation: dict[str, Any] = field(default_factory=dict)
 
 
@@ -113,16 +117,20 @@ def train(rank: int, world: int, scenario: Scenario, folder: Path) -> dict[str, 
             fault(run, "proposed")
 
     controller.add_phase_listener(proposed)
-    numbers = range(scenario.steps)
-    loader = (task.train.batch(order.micro_batches(number)[0]) for number in numbers)
+    epoch = scenario.epoch or scenario.steps
+    numbers = (number % epoch for number in range(scenario.steps))
+    loader = (
+        (*task.train.batch(order.micro_batches(number)[0]), 1e3 if fault is heavy_batch and number == HEAVY else 1.0)
+        for number in numbers
+    )
     stopped: dict[str, Any] = {}
     with controller:
         try:
-            for batch in controller.batches(loader) if scenario.batches else loader:
+            for *batch, weight in controller.batches(loader) if scenario.batches else loader:
                 if run.attempt == scenario.checkpoint_at + 1 and scenario.checkpoint_at >= 0:
                     save()
                 fault(run, "entry")
-                loss = loss_fn(model, batch)
+                loss = loss_fn(model, (batch[0], batch[1])) * weight
                 loss.backward()
                 fault(run, "gradients")
                 controller.step()
@@ -158,6 +166,16 @@ def rate_absurd(run: Run, place: str) -> None:
     """A learning rate of 20 for good: even a thirty-second part of a step is far too long."""
     if place == "entry" and run.due:
         run.optimizer.param_groups[0]["lr"] = 1e4 * RATE
+
+
+def rate_creeps(run: Run, place: str) -> None:
+    """A bug multiplies the learning rate by 1.04 at every step; no single step looks bad."""
+    if place == "entry" and run.due:
+        run.optimizer.param_groups[0]["lr"] = RATE * 1.04 ** (run.attempt - BAD)
+
+
+def heavy_batch(run: Run, place: str) -> None:
+    """One batch of every epoch carries a weight of 1000 (a broken sample weight); see the loader."""
 
 
 def poisoned_moments(run: Run, place: str) -> None:
@@ -213,7 +231,6 @@ def test_attenuate_then_cut_the_learning_rate_and_ramp_it_back(two: harness.Pool
     quick = {"cut_steps": 12, "ramp_steps": 12}
     events, stopped = go(two, Scenario("rate_too_high", steps=140, length=40, escalation=quick), tmp_path)
     said = actions(events)
-    print(said)
     assert not stopped
     assert said["attenuate"] and said["cut_lr"]
     for event in events:
@@ -224,10 +241,24 @@ def test_attenuate_then_cut_the_learning_rate_and_ramp_it_back(two: harness.Pool
     assert committed(events)[-1] < committed(events)[BAD]
 
 
+def test_slow_divergence_is_warned_of_and_then_the_learning_rate_is_cut(two: harness.Pool, tmp_path: Path) -> None:
+    events, stopped = go(two, Scenario("rate_creeps", steps=180, escalation={"trend_after": 4}), tmp_path)
+    warned = [event["attempt"] for event in events if event["warning"]]
+    cut = next(event for event in events if event["rung"] == "cut_lr")
+    assert cut["signal"] == "trend" and cut["attempt"] - warned[0] == 4 and not stopped
+    assert cut["action"] == "deep_rollback" and cut["undone"]
+    assert events[cut["attempt"] + 1]["learning_rate_factor"] == 0.25
+
+
+def test_a_batch_that_is_refused_in_every_epoch_is_the_data(two: harness.Pool, tmp_path: Path) -> None:
+    events, stopped = go(two, Scenario("heavy_batch", steps=120, epoch=40, batches=True), tmp_path)
+    refused = {event["attempt"]: event["pattern"] for event in events if event["rung"]}
+    assert refused == {17: "transient", 57: "data", 97: "data"} and not stopped
+
+
 def test_deep_rollback(two: harness.Pool, tmp_path: Path) -> None:
     events, stopped = go(two, Scenario("poisoned_moments"), tmp_path)
     said = actions(events)
-    print(said)
     assert len(said["deep_rollback"]) == 1 and not stopped
     (went_back,) = said["deep_rollback"]
     undone = events[went_back]["undone"]
@@ -240,7 +271,6 @@ def test_reload(two: harness.Pool, tmp_path: Path) -> None:
     scenario = Scenario("poisoned_moments", anchors=0, checkpoint_at=31, escalation={"reload_after": 12})
     events, stopped = go(two, scenario, tmp_path)
     said = actions(events)
-    print(said)
     assert len(said["reload"]) == 1 and not stopped
     (reloaded,) = said["reload"]
     assert events[reloaded]["undone"][-1] == BAD and events[reloaded]["undone"][0] == 32
@@ -250,7 +280,6 @@ def test_reload(two: harness.Pool, tmp_path: Path) -> None:
 def test_stop_and_say_that_it_is_structural(two: harness.Pool, tmp_path: Path) -> None:
     limits = {"max_refusals_in_row": 40, "deep_after": 24}
     events, stopped = go(two, Scenario("rate_absurd", steps=120, escalation=limits), tmp_path)
-    print(actions(events), stopped)
     assert stopped["pattern"] == "structural" and "QK-norm" in stopped["advice"]
     assert events[-1]["rung"] == "stop"
 

@@ -18,6 +18,7 @@ from dist_stability.testing import FaultInjector
 
 PARALLEL = ("single", "ddp", "fsdp1", "fsdp2", "hsdp")
 RULES = ("predictive", "fixed", "off")
+ADAPTIVE = "adaptive"
 
 
 @dataclass(frozen=True)
@@ -45,7 +46,8 @@ class Options:
     dtype: str
     compile: bool
     dropout: float
-    every: int
+    every: int | str
+    update_signals: bool
     observe: bool
     probe_on: str
     probe_size: int
@@ -151,7 +153,11 @@ def _problems(v: argparse.Namespace, world: int, launched: bool) -> list[str]:
         f"--batch-size {v.batch_size}: not divisible by {world} processes x --accumulate {v.accumulate}",
     )
     refuse(v.warmup > v.steps, f"--warmup {v.warmup}: longer than --steps {v.steps}")
-    refuse(v.every > v.steps, f"--every {v.every}: larger than --steps {v.steps}, nothing would ever be judged")
+    refuse(
+        v.every != ADAPTIVE and v.every > v.steps,
+        f"--every {v.every}: larger than --steps {v.steps}, nothing would ever be judged",
+    )
+    refuse(v.every == ADAPTIVE and v.rule == "off", f"--every {ADAPTIVE}: needs a rule, whose verdicts it adapts to")
     refuse(
         v.probe_on == "mean" and v.probe_size % world != 0,
         f"--probe-size {v.probe_size}: --probe-on mean needs a multiple of the {world} processes",
@@ -249,7 +255,16 @@ def _parser() -> argparse.ArgumentParser:
     guard.add_argument("--epsilon", type=real, help="of --rule fixed (default 0.5)")
     guard.add_argument("--alpha", type=positive, help="of --rule fixed (default 0.1)")
     guard.add_argument("--false-reject-rate", type=positive, help="of --rule predictive (default 5e-4)")
-    guard.add_argument("--every", type=at_least_one, default=1, help="judge every so many steps")
+    guard.add_argument(
+        "--every",
+        type=lambda text: ADAPTIVE if text == ADAPTIVE else at_least_one(text),
+        default=1,
+        metavar="K",
+        help=f"judge every so many steps, or '{ADAPTIVE}': every step while restless, up to every 16th while calm",
+    )
+    guard.add_argument(
+        "--update-signals", action="store_true", help="log update RMS, update ratio and gradient norms by group, too"
+    )
     guard.add_argument("--observe", action="store_true", help="log what would be refused, refuse nothing")
     guard.add_argument("--probe-on", choices=("rank0", "mean"), default="rank0", help="whose probe loss counts")
     guard.add_argument("--probe-size", type=at_least_one, default=64, help="held-out examples in the probe")

@@ -25,11 +25,18 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
-from dist_stability import FixedInnovation, LossProbe, NonFiniteGuard, PredictiveInnovation, StabilityController
+from dist_stability import (
+    AdaptiveCadence,
+    FixedInnovation,
+    LossProbe,
+    NonFiniteGuard,
+    PredictiveInnovation,
+    StabilityController,
+)
 from dist_stability.errors import LockstepError, StabilityError
 from dist_stability.experiments.data import Batch, BatchOrder
 from dist_stability.experiments.digests import digests
-from dist_stability.experiments.options import Options, parse_options
+from dist_stability.experiments.options import ADAPTIVE, Options, parse_options
 from dist_stability.experiments.progress import Progress
 from dist_stability.experiments.record import RunRecorder
 from dist_stability.experiments.tasks import Task, cross_entropy, make_task
@@ -39,6 +46,7 @@ from dist_stability.experiments.vision import DataMissing
 from dist_stability.experiments.wrapping import Processes, autocast, processes, wrap
 from dist_stability.parallel import clip_grad_norm_, data_replica, forward_module
 from dist_stability.report.extras import MissingExtra
+from dist_stability.signals import GroupNorms, UpdateRatio, UpdateRms
 from dist_stability.testing import LOSS_PHASES, FaultInjector, capture_state
 
 LossFn = Callable[[nn.Module, Batch], Tensor]
@@ -162,7 +170,7 @@ def _controller(job: Job, task: Task, record: RunRecorder) -> Controller:
             job.model,
             job.optimizer,
             probe,
-            every=options.every,
+            every=int(options.every),
             probe_on=options.probe_on,
             on_event=record.event,
             after_step=lambda attempt: job.injector.weights(attempt, job.parameters),
@@ -180,7 +188,8 @@ def _controller(job: Job, task: Task, record: RunRecorder) -> Controller:
         ),
         guards=(NonFiniteGuard(),),
         extra_state={"scheduler": job.scheduler},
-        every=options.every,
+        every=AdaptiveCadence() if options.every == ADAPTIVE else int(options.every),
+        signals=(UpdateRms(), UpdateRatio(), GroupNorms()) if options.update_signals else (),
         mode="observe" if options.observe else "enforce",
         probe_on=options.probe_on,
         timeout=options.timeout,

@@ -33,6 +33,8 @@ def test_defaults_depend_on_the_number_of_processes() -> None:
         ("--steps ten", 2, "--steps"),
         ("--warmup 9 --steps 8", 2, "--warmup 9"),
         ("--every 9 --steps 8 --warmup 1", 2, "--every 9"),
+        ("--every adaptive --rule off", 2, "--every adaptive"),
+        ("--every often", 2, "--every"),
         ("--lr 0", 2, "--lr"),
         ("--lr nan", 2, "--lr"),
         ("--lr inf", 2, "--lr"),

@@ -90,6 +90,12 @@ def test_observe_says_what_it_would_do_and_does_nothing(tmp_path: Path) -> None:
     assert observed["probe"] == off["probe"]
 
 
+def test_an_adaptive_cadence_and_signals_from_the_command_line(tmp_path: Path) -> None:
+    run(tmp_path, "--every", "adaptive", "--update-signals")
+    events = read_events(tmp_path / "events.jsonl")
+    assert all({"learning_rate", "training_loss", "update_rms"} <= set(event["signals"]) for event in events[1:])
+
+
 def test_every_second_step_is_judged(tmp_path: Path) -> None:
     for rule in ("predictive", "off"):
         run(tmp_path / rule, "--every", "2", "--rule", rule)
