@@ -13,6 +13,8 @@ import torch.distributed as dist
 import zoo
 from zoo import Case
 
+from dist_stability import AdaptiveCadence, GradientNormGuard, LossProbe, NonFiniteGuard
+from dist_stability.signals import GroupNorms, UpdateRatio, UpdateRms
 from dist_stability.testing import compare
 
 
@@ -116,3 +118,38 @@ def reuse(rank: int, world: int) -> list[str]:
 
 def test_one_controller_after_another(two: harness.Pool) -> None:
     assert two.run(reuse) == [[], []]
+
+
+def everything(rank: int, world: int, mode: str) -> list[str]:
+    """All that can be switched on at once: transparent while nothing is wrong, and the golden twin after a fault."""
+    case = Case(mode, ranks=world, steps=20, scheduler=True, clip=1.0, draws=False)
+    second = [zoo.data(case, 10**7 + i, 0, size=16) for i in range(2)]
+
+    def run(specs: list[str]) -> zoo.Outcome:
+        return zoo.train(
+            case,
+            rank,
+            world,
+            injector=zoo.FaultInjector.parse(specs),
+            confirm=LossProbe(zoo.probe_loss, second),
+            signals=(UpdateRms(), UpdateRatio(), GroupNorms()),
+            guards=(NonFiniteGuard(), GradientNormGuard()),
+            every=AdaptiveCadence(most=3, calm=100),
+            anchors=3,
+        )
+
+    clean = run([])
+    wrong = [f"{verdict}" for verdict in clean.verdicts if not verdict.accepted or verdict.undone]
+    wrong += compare(clean.image, zoo.train(case, rank, world, guarded=False).image)
+    # In replicas alike, or their checksums would refuse it before a probe does.
+    faulty = run(["bit-flip:step=12,where=parameter", "gradient-scale:step=15,factor=3e4"])
+    actions = {verdict.step: str(verdict.action) for verdict in faulty.verdicts if not verdict.accepted}
+    wrong += [] if actions == {12: "rollback", 15: "veto"} else [f"refused {actions}"]
+    wrong += compare(faulty.image, zoo.train(case, rank, world, skip=frozenset({12, 15})).image)
+    return [f"rank {rank}: {line}" for line in wrong[:6]]
+
+
+@pytest.mark.parametrize("mode", ["single", "ddp", "fsdp1", "fsdp2-uneven", "hsdp", "fsdp2+tp"])
+def test_everything_switched_on(mode: str) -> None:
+    for said in harness.pool(zoo.MODES[mode]).run(everything, mode, timeout=200):
+        assert not said, "\n".join(said)

@@ -11,7 +11,7 @@ from .groups import GroupNorms, group_squares
 from .learning_rate import LearningRate
 from .loss import TrainingLoss
 from .loss_scale import LossScale
-from .monitor import Monitor, measure, step_context, verdict_values
+from .monitor import Monitor, host_values, measure, step_context, verdict_values
 from .probe import LossProbe, Reading
 from .updates import UpdateRatio, UpdateRms
 
@@ -32,6 +32,7 @@ __all__ = [
     "UpdateRatio",
     "UpdateRms",
     "group_squares",
+    "host_values",
     "measure",
     "step_context",
     "verdict_values",

@@ -35,7 +35,8 @@ class GradientAgreement(Signal):
                 agreement.mark()
 
     With a the gradient at the mark and G the whole one, the others' share is G - a, and the cosine of a and G - a
-    follows from |a|^2, |G|^2 and |G - a|^2, all of them sums over shards.
+    follows from |a|^2, |G|^2 and a . G, all of them sums over shards. Products are made in float32 and added up in
+    float64, so NaN may also mean a product beyond 1e38.
 
     If the gradient is clipped between backward and step, the step must be given the global norm before clipping
     (``controller.step(grad_norm=...)``): it tells by how much G was scaled. A GradScaler's scale at the mark must be
@@ -43,11 +44,11 @@ class GradientAgreement(Signal):
 
     Under DDP's ``no_sync`` the gradient at the mark is this rank's own, and only G is a mean. Then give ``replicas``:
     the share of a in G is a / replicas, and the value is the mean over ranks, one micro-batch of one rank against
-    everything else. Under FSDP's ``no_sync`` nothing has been reduced at the mark and the value is left out (FSDP2) or
-    wrong (FSDP1 with unsharded accumulation).
+    everything else. Under FSDP's ``no_sync`` nothing has been reduced at the mark: the value is left out (FSDP2), or
+    NaN with an error that says so (FSDP1).
 
-    Costs a copy of the local gradients for as long as the signal lives, and three passes over them. Collectives, at the
-    mark and at the step: those of :attr:`Gradients.local`. No host sync.
+    Costs a copy of the local gradients, in float32 or more, for as long as the signal lives, and four passes over them.
+    Collectives, at the mark and at the step: those of :attr:`Gradients.local`. No host sync.
     """
 
     name = "gradient_agreement"
@@ -79,17 +80,18 @@ class GradientAgreement(Signal):
         with torch.no_grad():
             for parameter in parameters:
                 gradient = local_gradient(parameter)
+                dtype = None if gradient is None else torch.promote_types(gradient.dtype, torch.float32)
                 kept = self._copies.get(id(parameter))
                 if gradient is None:
                     self._copies.pop(id(parameter), None)
-                elif kept is None or kept.shape != gradient.shape or kept.dtype != gradient.dtype:
-                    self._copies[id(parameter)] = gradient.clone()
+                elif kept is None or kept.shape != gradient.shape or kept.dtype != dtype:
+                    self._copies[id(parameter)] = gradient.to(dtype, copy=True)
                 else:
                     kept.copy_(gradient)
         self._marked = True
 
     def width(self, context: StepContext) -> int:
-        """Three sums of squares; norm before clipping, and 1 if it is known; 1 if there was a mark."""
+        """Two sums of squares, one of products; norm before clipping, and 1 if it is known; 1 if there was a mark."""
         return 6
 
     def before_step(self, context: StepContext) -> None:
@@ -101,12 +103,18 @@ class GradientAgreement(Signal):
         gradients, device = context.gradients, context.gradients.device
         first, rest, shares = [], [], []
         with torch.no_grad():
-            for (_, parameter, residence), gradient in zip(gradients.parameters, gradients.local, strict=True):
-                kept = self._copies.get(id(parameter))
-                # A parameter that came into play after the mark has a = 0 and adds to |G|^2 and |G - a|^2 alike.
+            for (name, parameter, residence), gradient in zip(gradients.parameters, gradients.local, strict=True):
                 if gradient is None:
                     continue
-                marked = torch.zeros_like(gradient) if kept is None or kept.shape != gradient.shape else kept
+                kept = self._copies.get(id(parameter))
+                # None: a parameter that came into play after the mark.
+                marked = torch.zeros_like(gradient) if kept is None else kept
+                if marked.shape != gradient.shape:
+                    raise ValueError(
+                        f"GradientAgreement: the gradient of {name} had the shape {list(marked.shape)} at the mark and "
+                        f"has {list(gradient.shape)} now, so it was not reduced then: mark after a backward pass "
+                        "outside of FSDP's no_sync"
+                    )
                 if context.scaler is not None and context.scaler.is_enabled():
                     marked.div_(context.scaler._scale.to(marked.device))
                 first.append(marked)
@@ -116,10 +124,10 @@ class GradientAgreement(Signal):
             a = (norms(first, device).square_() * share).sum()
             whole = (norms(rest, device).square_() * share).sum()
             for marked, gradient in zip(first, rest, strict=True):
-                marked.sub_(gradient)
-            difference = (norms(first, device).square_() * share).sum()
+                marked.mul_(gradient)
+            dot = (row(device, *(product.sum(dtype=torch.float64) for product in first)) * share).sum()
         norm = gradients.caller_norm
-        self._mine = row(device, a, whole, difference, 0.0 if norm is None else norm, norm is not None, 1.0)
+        self._mine = row(device, a, whole, dot, 0.0 if norm is None else norm, norm is not None, 1.0)
 
     def collect(self) -> Tensor | None:
         """See :meth:`Signal.collect`."""
@@ -127,18 +135,18 @@ class GradientAgreement(Signal):
 
     def read(self, sums: Sequence[float]) -> SignalValues:
         """See the class."""
-        a, whole, difference, norm, norms_given, marks = sums
+        a, whole, dot, norm, norms_given, marks = sums
         if not marks:
             return SignalValues()
         # What is given is f G, where f is what clipping left: a . G = a . (f G) / f.
         scale = math.sqrt(whole) / (norm / norms_given) if norms_given and norm and whole else 1.0
-        dot = (a + whole - difference) / 2.0 / scale
+        dot = dot / scale
         share = 1.0 / self.replicas
         with_rest = dot - share * a
         rest = whole / scale**2 - 2.0 * share * dot + share**2 * a
         length = a * rest
         # Below rounding the others add nothing: the mark came after the last backward pass.
-        if length <= 0.0 or rest <= 1e-12 * a:
+        if length <= 0.0 or rest <= 1e-5 * a:
             return SignalValues()
         cosine = with_rest / math.sqrt(length)
         return SignalValues(

@@ -168,6 +168,25 @@ def verdict_values(innovation: float | None, bound: float | None, gradient_norm:
     return values
 
 
+def host_values(context: StepContext) -> dict[str, float]:
+    """The free signals that this rank's host knows without waiting, for steps at which no sum over ranks is made.
+
+    ``learning_rate`` unless it lies on an accelerator, ``training_loss`` of this rank if the loop gave a float. No
+    collective, no host sync, and nothing is learned from it.
+    """
+    values = {}
+    rates = [group["lr"] for _, group in context.groups if "lr" in group]
+    if rates and all(_on_host(rate) for rate in rates):
+        values["learning_rate"] = max(float(rate) for rate in rates)
+    if isinstance(context.loss, int | float):
+        values["training_loss"] = float(context.loss)
+    return values
+
+
+def _on_host(value: object) -> bool:
+    return not isinstance(value, Tensor) or value.device.type == "cpu"
+
+
 def step_context(
     model: nn.Module,
     optimizer: Optimizer | Iterable[Optimizer],

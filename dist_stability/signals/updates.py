@@ -137,8 +137,8 @@ class UpdateRatio(Signal):
         self._mine: Tensor | None = None
 
     def width(self, context: StepContext) -> int:
-        """For each tensor sums of |delta|, of |delta|^2 and of |theta|^2; elements with a learning rate; one flag."""
-        return 3 * len(context.gradients.parameters) + 2
+        """For each tensor sums of |delta| / rate, of |delta|^2 and of |theta|^2; the elements with a learning rate."""
+        return 3 * len(context.gradients.parameters) + 1
 
     def before_step(self, context: StepContext) -> None:
         """Copy the weights, into the copies of the step before where they fit."""
@@ -175,7 +175,7 @@ class UpdateRatio(Signal):
             squares = norms(self._before, device).square_() * share
             weights = self._weights.square() * share
             counted = torch.where(rate == 0.0, 0.0, elements).sum()
-            self._mine = torch.cat([moved, squares, weights, row(device, counted, 1.0)])
+            self._mine = torch.cat([moved, squares, weights, counted.reshape(1)])
 
     def collect(self) -> Tensor | None:
         """See :meth:`Signal.collect`."""
@@ -183,11 +183,9 @@ class UpdateRatio(Signal):
 
     def read(self, sums: Sequence[float]) -> SignalValues:
         """See the class."""
-        *single, counted, stepped = sums
+        *single, counted = sums
         n = len(self._names)
         moved, squares, weights = single[:n], single[n : 2 * n], single[2 * n :]
-        if not stepped:
-            return SignalValues()
         values, where = {}, {}
         if counted:
             values["effective_step"] = sum(moved) / counted
@@ -241,6 +239,7 @@ def _rms_sums(context: StepContext) -> Tensor:
         ratios: list[Tensor | float] = [0.0] * len(gradients)
         for batch in batches(moments):
             roots = list(torch._foreach_sqrt([moments[i] for i in batch]))
+            # In float16 eps would be 0, and what was never touched 0 / 0.
             roots = [root if root.dtype.itemsize >= 4 else root.float() for root in roots]
             torch._foreach_clamp_min_(roots, [floors[i] for i in batch])
             torch._foreach_reciprocal_(roots)

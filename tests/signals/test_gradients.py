@@ -41,6 +41,20 @@ def test_the_sum_of_squares_is_a_0d_float64_tensor() -> None:
     assert float(total) == pytest.approx(29.0)
 
 
+def test_each_square_is_where_its_parameter_is() -> None:
+    gradients = of(None, torch.tensor([3.0, 4.0]), torch.tensor([1.0], dtype=torch.float64), None, torch.tensor([2.0]))
+    assert gradients.squares.tolist() == [0.0, 25.0, 1.0, 0.0, 4.0]
+    assert [None if part is None else part.tolist() for part in gradients.local] == [
+        None,
+        [3.0, 4.0],
+        [1.0],
+        None,
+        [2.0],
+    ]
+    assert [name for name, _, _ in gradients.parameters] == ["p0", "p1", "p2", "p3", "p4"]
+    assert of().squares.shape == (0,) and float(of().square_sum) == float(of(None).square_sum) == 0.0
+
+
 def test_it_is_computed_when_asked_for_and_once(monkeypatch: pytest.MonkeyPatch) -> None:
     calls = []
     original = torch._foreach_norm
