@@ -43,7 +43,8 @@ class Attempt:
         learning_rate: Largest announced learning rate of this step, None if nobody vouches for one.
         rate_factor: What the ladder multiplies the learning rates of this step by.
         context: What the signals look at, if they are read at this attempt.
-        signals: What they measured, once all ranks know it.
+        signals: What they measured, once all ranks know it; at an unjudged attempt, what this host knows anyway.
+        signal_errors: What signals of this rank raised, by name.
         seconds: Host time by part.
     """
 
@@ -67,6 +68,7 @@ class Attempt:
     rate_factor: float = 1.0
     context: StepContext | None = None
     signals: SignalValues = field(default_factory=SignalValues)
+    signal_errors: dict[str, Exception] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
 
     @contextmanager
@@ -128,6 +130,7 @@ def event_of(attempt: Attempt, verdict: Verdict, decision: Decision, steps: int)
             **verdict_values(verdict.innovation, verdict.bound, attempt.norm),
         },
         "where": dict(attempt.signals.where),
+        "signal_errors": {name: one_line(error) for name, error in attempt.signal_errors.items()},
         "seconds": attempt.seconds,
     }
 

@@ -1,13 +1,16 @@
-"""The command line: ``dist-stability demo | report RUN | doctor``."""
+"""The command line: ``dist-stability demo | bench NAME | report RUN | doctor``."""
 
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from dist_stability.report.events import write_json
+
+BENCH_PARTS = ("open-loop", "noise", "bloom", "closed-loop")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -35,6 +38,21 @@ def _demo(options: argparse.Namespace) -> int:
         return demo(options.out)
     except (ArmFailed, MissingExtra) as error:
         return _failed(error)
+
+
+def _bench(options: argparse.Namespace) -> int:
+    from dist_stability.bench.detection.command import bench
+    from dist_stability.report.extras import MissingExtra, import_extra
+
+    try:
+        for module, purpose in (("sklearn.datasets", "the benchmark's digits"), ("matplotlib.figure", "its figure")):
+            import_extra(module, purpose)
+        bench(options.out, seeds=options.seeds, quick=options.quick, parts=options.parts, workers=options.workers)
+    except (MissingExtra, ValueError) as error:
+        return _failed(error)
+    for name in ("report.html", "tables.md", "summary.json"):
+        print(options.out / name)
+    return 0
 
 
 def _report(options: argparse.Namespace) -> int:
@@ -77,6 +95,28 @@ def _parser() -> argparse.ArgumentParser:
     )
     demo.add_argument("--out", type=Path, default=Path("out/demo"), metavar="DIR", help="default: %(default)s")
     demo.set_defaults(run=_demo)
+
+    bench = commands.add_parser("bench", help="what the rules are worth, measured: recordings, noise, closed loop")
+    bench.add_argument("name", choices=["detection"], metavar="NAME", help="detection")
+    bench.add_argument(
+        "--out", type=Path, default=Path("out/bench-detection"), metavar="DIR", help="default: %(default)s"
+    )
+    bench.add_argument(
+        "--seeds", type=int, default=2, metavar="N", help="for tuning, and again for reporting; default: 2"
+    )
+    bench.add_argument("--quick", action="store_true", help="a few steps of everything, to see that it runs")
+    bench.add_argument(
+        "--parts",
+        nargs="+",
+        default=BENCH_PARTS,
+        choices=BENCH_PARTS,
+        metavar="PART",
+        help=f"default: all of {' '.join(BENCH_PARTS)}; the others stay as an earlier call in DIR left them",
+    )
+    bench.add_argument(
+        "--workers", type=int, default=os.cpu_count() or 1, metavar="N", help="processes; default: cores"
+    )
+    bench.set_defaults(run=_bench)
 
     report = commands.add_parser("report", help="figures and one page for a run, or for a folder of runs")
     report.add_argument("run_folder", type=Path, metavar="RUN", help="what a run was given as --out")

@@ -47,7 +47,7 @@ from .rules import Guarantees, PredictiveInnovation, Rule, settings_of
 from .rules.panel import Panel, Trend
 from .rules.trend import SlowDivergence
 from .settlement import Outcome, Settlement
-from .signals import Gradients, LossProbe, Monitor, Signal, StepContext
+from .signals import Gradients, LossProbe, Monitor, Signal, SignalValues, StepContext, host_values
 from .startup import agree_on_replicas, agree_on_settings, make_vote, world_of
 from .validation import check_not_fused_into_backward, check_optimizers, check_parts, check_scaler, check_settings
 from .verdict import Action, Verdict
@@ -448,10 +448,13 @@ class StabilityController:
         self._phases.enter("step")
         if not attempt.vetoed:
             self._rates.apply(attempt.rate_factor)
+        context = StepContext(gradients, self._optimizers, loss, scaler)
         if judged:
-            attempt.context = StepContext(gradients, self._optimizers, loss, scaler)
+            attempt.context = context
             with attempt.timed("signals"):
-                self._monitor.before_step(attempt.context)
+                self._monitor.before_step(context)
+        else:
+            attempt.signals = SignalValues(host_values(context))
         return attempt
 
     def _look_at_rates(self, attempt: Attempt) -> None:

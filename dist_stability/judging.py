@@ -107,7 +107,7 @@ class Judging:
             if attempt.vetoed is None and self._veto.read(attempt) is not None:
                 attempt.vetoed = bool(attempt.flag)
             tally = self._vote.read(vector, ballot, attempt.index)
-            attempt.signals = self._monitor.read(tally.signals)
+            attempt.signals, attempt.signal_errors = self._monitor.read(tally.signals), self._monitor.errors
         if "gradient norm" in tally.agreed:
             attempt.norm = from_bits(tally.agreed["gradient norm"])
         elif tally.gradient_norm is not None:

@@ -17,10 +17,11 @@ it fetches batches that are replayed later is outside the promise: give it, or i
 
 from __future__ import annotations
 
+import copy
 import hashlib
 from collections import deque
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, MutableMapping
+from dataclasses import dataclass, replace
 from typing import Any, Generic, TypeVar
 
 import torch
@@ -40,38 +41,51 @@ _END = object()
 class _KeptTensor:
     """Host copy of one tensor; a copy from a device is queued on its current stream and waits for nothing."""
 
-    __slots__ = ("_copied", "_device", "_requires_grad", "host")
+    __slots__ = ("_copied", "_device", "_host", "_requires_grad")
 
     def __init__(self, tensor: torch.Tensor) -> None:
         self._device, self._requires_grad = tensor.device, tensor.requires_grad
         self._copied: Any = None
         source = tensor.detach()
         if self._device.type == "cpu":
-            self.host = source.clone()
+            self._host = source.clone()
             return
         # Pinned, or the host would wait for the device at every batch.
-        self.host = torch.empty_like(source, device="cpu", pin_memory=True)
-        self.host.copy_(source, non_blocking=True)
+        self._host = torch.empty_like(source, device="cpu", pin_memory=True)
+        self._host.copy_(source, non_blocking=True)
         module = torch.get_device_module(self._device)
         self._copied = module.Event()
         self._copied.record(module.current_stream(self._device))
 
-    def wait(self) -> torch.Tensor:
-        """The host copy, readable by the host."""
+    def restore(self) -> torch.Tensor:
         if self._copied is not None:
             self._copied.synchronize()
-        return self.host
+        tensor = self._host.to(self._device, copy=True)
+        return tensor.requires_grad_() if self._requires_grad else tensor
 
-    def restore(self) -> torch.Tensor:
-        copy = self.wait().to(self._device, copy=True)
-        return copy.requires_grad_() if self._requires_grad else copy
+
+class _KeptMapping:
+    """A mapping that is no pytree node, such as a ``UserDict``: what collate functions of tokenizers return."""
+
+    __slots__ = ("_empty", "_leaves", "_spec")
+
+    def __init__(self, mapping: MutableMapping[Any, Any], kept: Mapping[int, _KeptTensor]) -> None:
+        leaves, self._spec = pytree.tree_flatten(dict(mapping))
+        self._leaves = _kept(leaves, kept)
+        self._empty = copy.copy(mapping)
+        self._empty.clear()
+
+    def restore(self, made: dict[int, torch.Tensor]) -> MutableMapping[Any, Any]:
+        mapping = copy.copy(self._empty)
+        mapping.update(pytree.tree_unflatten(_restored(self._leaves, made), self._spec))
+        return mapping
 
 
 class KeptBatch:
     """A batch that can be given back any number of times, each time as new tensors.
 
     Tensors come back on their device with equal bits, dtype and, where dense, strides; one that occurs twice is one
-    again. Whatever is no pytree of tensors is kept by reference.
+    again. They are found in pytrees and mappings; any other object is kept by reference, with what it holds.
 
     Attributes:
         bytes: Of its host copies.
@@ -86,26 +100,29 @@ class KeptBatch:
             TypeError: A tensor is sparse, nested or of another layout that has no plain copy.
         """
         leaves, self._spec = pytree.tree_flatten(batch)
-        kept: dict[int, _KeptTensor] = {}
-        for leaf in leaves:
-            if isinstance(leaf, torch.Tensor) and id(leaf) not in kept:
-                kept[id(leaf)] = _KeptTensor(leaf)
-        self._leaves = [kept.get(id(leaf), leaf) for leaf in leaves]
         self.bytes = _bytes(leaves)
+        self._leaves = _kept(leaves, {key: _KeptTensor(tensor) for key, tensor in _tensors(leaves).items()})
 
     def restore(self) -> Any:
         """The batch, in new tensors."""
-        made: dict[int, torch.Tensor] = {}
-        leaves = []
-        for leaf in self._leaves:
-            if isinstance(leaf, _KeptTensor):
-                leaf = made[id(leaf)] if id(leaf) in made else made.setdefault(id(leaf), leaf.restore())
-            leaves.append(leaf)
-        return pytree.tree_unflatten(leaves, self._spec)
+        return pytree.tree_unflatten(_restored(self._leaves, {}), self._spec)
 
-    def digest(self) -> int:
-        """See :func:`digest`."""
-        return _digest([leaf.wait() if isinstance(leaf, _KeptTensor) else leaf for leaf in self._leaves], self._spec)
+
+def _kept(leaves: Iterable[Any], kept: Mapping[int, _KeptTensor]) -> list[Any]:
+    return [
+        _KeptMapping(leaf, kept) if isinstance(leaf, MutableMapping) else kept.get(id(leaf), leaf) for leaf in leaves
+    ]
+
+
+def _restored(leaves: Iterable[Any], made: dict[int, torch.Tensor]) -> list[Any]:
+    restored = []
+    for leaf in leaves:
+        if isinstance(leaf, _KeptMapping):
+            leaf = leaf.restore(made)
+        elif isinstance(leaf, _KeptTensor):
+            leaf = made[id(leaf)] if id(leaf) in made else made.setdefault(id(leaf), leaf.restore())
+        restored.append(leaf)
+    return restored
 
 
 def digest(batch: Any) -> int:
@@ -115,30 +132,40 @@ def digest(batch: Any) -> int:
     the device not at all. Waits for tensors on a device.
     """
     leaves, spec = pytree.tree_flatten(batch)
-    return _digest(leaves, spec)
-
-
-def _digest(leaves: list[Any], spec: Any) -> int:
     tensors = [leaf.detach().cpu() for leaf in leaves if isinstance(leaf, torch.Tensor)]
     said: list[Any] = [str(spec), int(digest_of_tensors(tensors))]
     for leaf in leaves:
         if isinstance(leaf, torch.Tensor):
             said.append((str(leaf.dtype), tuple(leaf.shape)))
+        elif isinstance(leaf, MutableMapping):
+            said.append((type(leaf).__qualname__, digest(dict(leaf))))
         else:
             said.append((type(leaf).__qualname__, repr(leaf) if isinstance(leaf, _PLAIN) else ""))
     return int.from_bytes(hashlib.blake2b(repr(said).encode(), digest_size=8).digest(), "little")
 
 
+def _tensors(leaves: Iterable[Any]) -> dict[int, torch.Tensor]:
+    """Every tensor once, by its id."""
+    found: dict[int, torch.Tensor] = {}
+    for leaf in leaves:
+        if isinstance(leaf, torch.Tensor):
+            found[id(leaf)] = leaf
+        elif isinstance(leaf, MutableMapping):
+            found.update(_tensors(pytree.tree_leaves(dict(leaf))))
+    return found
+
+
 def _bytes(leaves: Iterable[Any]) -> int:
     """What host copies of these leaves take."""
-    tensors = {id(leaf): leaf for leaf in leaves if isinstance(leaf, torch.Tensor)}
-    for tensor in tensors.values():
+    size = 0
+    for tensor in _tensors(leaves).values():
         if tensor.layout is not torch.strided:
             raise TypeError(
                 f"batches(): a tensor of layout {tensor.layout} cannot be kept for replay; let the loader give its "
                 f"parts as plain tensors and put them together in the loop"
             )
-    return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+        size += tensor.numel() * tensor.element_size()
+    return size
 
 
 class BatchWindow:
@@ -207,14 +234,14 @@ class Group(Generic[T]):
         batches: Micro-batches, in order.
         replayed: It was taken back and is shown again, so it must be judged.
         retried: It was refused alone once and given another chance.
-        skipped: The loss scale overflowed on it.
+        idle: It made no step: it was vetoed, or the loss scale overflowed.
     """
 
     number: int
     batches: list[T]
     replayed: bool = False
     retried: bool = False
-    skipped: bool = False
+    idle: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -222,14 +249,15 @@ class Settled:
     """What a verdict meant for the batches; group numbers, in order.
 
     Attributes:
-        stands: Groups that an ordinary rollback can no longer take back.
-        dropped: The guilty group, never shown again; None if there is none, or it is not known yet which it is.
+        final: Groups about which an ordinary rollback can change nothing any more.
+        dropped: The guilty group, which is not shown again unless what it was computed from is taken back; None if
+            there is none, or it is not known yet which it is.
         replay: Groups to be shown again because of this verdict.
         lost: Attempts that were taken back and cannot be shown again: older than what is held (a deeper rollback, a
             reload), never taken from :meth:`Replay.batches`, or of an irregular number of micro-batches.
     """
 
-    stands: tuple[int, ...] = ()
+    final: tuple[int, ...] = ()
     dropped: int | None = None
     replay: tuple[int, ...] = ()
     lost: int = 0
@@ -256,7 +284,7 @@ class ReplayQueue(Generic[T]):
         self._groups = 0
         self._current: Group[T] | None = None
         self._held: list[Group[T]] = []
-        self._unheld = 0  # overflows since the last judged commit for which the window had no room
+        self._unheld = 0  # idle groups since the last judged commit for which the window had no room
         self._waiting: deque[Group[T]] = deque()
 
     @property
@@ -339,25 +367,12 @@ class ReplayQueue(Generic[T]):
         if not judged:
             return Settled()
         held, self._held, self._unheld = self._held, [], 0
-        return Settled(stands=tuple(group.number for group in held))
+        return Settled(final=tuple(group.number for group in held))
 
     def skipped(self) -> Settled:
-        """The loss scale overflowed: no step, but RNG, buffers and the scale itself have moved.
-
-        If attempts are held, a rollback takes that back with them, so this batch is shown again with them, too. Room
-        for one attempt, to be judged, always remains; overflows without end do not fill the window.
-        """
+        """The loss scale overflowed: no step, but RNG, buffers and the scale itself have moved."""
         current = self._take()
-        if current is None:
-            return Settled()
-        if not self._held:
-            return Settled(stands=(current.number,))
-        if len(self._held) + 1 < self.most:
-            current.skipped = True
-            self._held.append(current)
-        else:
-            self._unheld += 1
-        return Settled()
+        return Settled() if current is None else self._idled(current)
 
     def refused(self, undone: int, retry: bool = False) -> Settled:
         """The attempt was vetoed or rolled back.
@@ -372,20 +387,32 @@ class ReplayQueue(Generic[T]):
         taken: list[Group[T]] = []
         lost = 0
         if undone:
-            lost = undone - sum(not group.skipped for group in self._held) + self._unheld
+            lost = undone - sum(not group.idle for group in self._held) + self._unheld
             taken, self._held, self._unheld = self._held, [], 0
-        dropped = None
         if current is not None:
             if not taken and (current.retried or not retry):
-                dropped = current.number
-            else:
-                current.retried = current.retried or not taken
-                taken = [*taken, current]
-        regular = [group for group in taken if len(group.batches) == self.accumulate]
-        for group in regular:
-            group.skipped = False
-        self._waiting.extendleft(reversed(regular))
-        return Settled((), dropped, tuple(group.number for group in regular), lost + len(taken) - len(regular))
+                return replace(self._idled(current), dropped=current.number, lost=lost)
+            current.retried = current.retried or not taken
+            taken = [*taken, current]
+        again = [group for group in taken if len(group.batches) == self.accumulate]
+        self._waiting.extendleft(reversed(again))
+        return Settled((), None, tuple(group.number for group in again), lost + len(taken) - len(again))
+
+    def _idled(self, group: Group[T]) -> Settled:
+        """A group that made no step. It is final, unless attempts are held whose rollback concerns it, too.
+
+        A batch that was vetoed on weights that turn out bad may be innocent, and an overflow has lowered the scale that
+        a rollback restores; so it is held with them. Room for one attempt, to be judged, always remains: vetoes and
+        overflows without end do not fill the window.
+        """
+        if not self._held:
+            return Settled(final=(group.number,))
+        if len(self._held) + 1 < self.most:
+            group.idle = True
+            self._held.append(group)
+        else:
+            self._unheld += 1
+        return Settled()
 
     def _take(self) -> Group[T] | None:
         current, self._current = self._current, None
@@ -448,7 +475,7 @@ class Replay:
     def digest(self) -> int | None:
         """Content digest of this rank's batches of the attempt under way; None if they did not come from here."""
         current = self.queue.current
-        return None if current is None else digest([batch.digest() for batch in current.batches])
+        return None if current is None else digest([digest(batch.restore()) for batch in current.batches])
 
     def forget(self) -> None:
         """A checkpoint was loaded: nothing that was shown before can be taken back now."""

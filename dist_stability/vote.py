@@ -22,6 +22,7 @@ import torch
 import torch.distributed as dist
 
 from .errors import LockstepError
+from .signals.sums import constants, row
 from .watch import Watch
 
 _PIECES = 4
@@ -120,9 +121,7 @@ class Vote:
 
     def pack(self, ballot: Ballot) -> torch.Tensor:
         """The ballot as one float64 vector on the voting device. Enters no collective, waits for nothing."""
-        host = torch.tensor(
-            [float(ballot.no), float(ballot.replan), ballot.weight], dtype=torch.float64, device=self.device
-        )
+        host = constants(self.device, [float(ballot.no), float(ballot.replan), ballot.weight])
         parts = [host, self._flag(ballot.veto)]
         parts += [*self._finite(ballot.measurement, ballot.weight), *self._finite(ballot.square_sum, 1.0)]
         parts += self._finite(ballot.confirmation, ballot.weight)
@@ -140,7 +139,7 @@ class Vote:
     def _flag(self, flag: torch.Tensor | bool) -> torch.Tensor:
         if isinstance(flag, torch.Tensor):
             return (flag.detach() != 0).to(self.device, torch.float64)
-        return torch.tensor(float(flag), dtype=torch.float64, device=self.device)
+        return row(self.device, float(flag))
 
     def _finite(self, value: torch.Tensor | None, weight: float) -> tuple[torch.Tensor, torch.Tensor]:
         """(weighted value or 0, 1 if it is not finite): no NaN ever enters a collective."""
@@ -154,7 +153,7 @@ class Vote:
     def _whole(self, value: int | torch.Tensor) -> torch.Tensor:
         if isinstance(value, torch.Tensor):
             return value.detach().to(self.device)
-        return torch.tensor(_signed(value), dtype=torch.int64, device=self.device)
+        return torch.full((), _signed(value), dtype=torch.int64, device=self.device)
 
     @staticmethod
     def refused(vector: torch.Tensor) -> torch.Tensor:

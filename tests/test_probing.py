@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from zoo import Case
 
 from dist_stability import AdaptiveCadence, Escalation, FixedInnovation, LossProbe, StabilityController
-from dist_stability.signals import GroupNorms, UpdateRatio, UpdateRms
+from dist_stability.signals import GroupNorms, Signal, StepContext, UpdateRatio, UpdateRms
 from dist_stability.testing import FaultInjector, compare
 
 # ---------------------------------------------------------------------- cadence
@@ -173,3 +173,28 @@ def test_signals_ride_in_the_vote_and_change_nothing(two: harness.Pool, mode: st
     assert {"learning_rate", "gradient_norm", "bar_fraction"} <= set(values)
     assert any(name.startswith("update_rms") for name in values) and where
     assert any(name.startswith("gradient_norm/") or name.startswith("group") for name in values), sorted(values)
+
+
+class Broken(Signal):
+    """A signal of a user's own with a bug, on one rank."""
+
+    name = "broken"
+
+    def width(self, context: StepContext) -> int:
+        return 1
+
+    def before_step(self, context: StepContext) -> None:
+        raise ZeroDivisionError("by zero")
+
+
+def test_a_signal_that_fails_is_reported_and_costs_nothing_else() -> None:
+    model, optimizer = net()
+    probe = LossProbe(loss_fn, [torch.ones(2, 4)])
+    events: list[dict[str, Any]] = []
+    with StabilityController(model, optimizer, probe, signals=(Broken(),), every=2, on_event=events.append) as guard:
+        for _ in range(4):
+            loss = loss_fn(model, torch.randn(8, 4))
+            loss.backward()
+            assert guard.step(loss=float(loss.detach())).accepted
+    assert [event["signal_errors"] for event in events[1::2]] == [{"broken": "ZeroDivisionError: by zero"}] * 2
+    assert all({"learning_rate", "training_loss"} <= set(event["signals"]) for event in events), "free at every step"

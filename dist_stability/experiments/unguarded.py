@@ -93,6 +93,7 @@ class Unguarded:
                     "warning": "",
                     "signals": {} if loss is None else {"training_loss": float(loss)},
                     "where": {},
+                    "signal_errors": {},
                     "seconds": seconds,
                 }
             )

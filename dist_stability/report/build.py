@@ -208,8 +208,10 @@ def _refusals(run: RunRecord) -> str:
     verb = "would have refused" if run.would_refuse else "refused"
     if not events:
         return html.paragraph(f"{run.name} refused nothing in {len(run.events)} attempts.")
-    head = ("batch", "action", "rung", "signal", "rank", "probe", "innovation", "bound", "gradient norm", "undone")
-    head = (*head, "pattern", "reason")
+    head = [
+        *("batch", "action", "rung", "signal", "rank", "probe", "innovation", "bound", "gradient norm"),
+        *("undone", "pattern", "reason"),
+    ]
     rows = [
         (
             run.batch(event),
