@@ -211,6 +211,13 @@ class Pool:
         for rank in ranks:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(self._processes[rank].pid, signal.SIGUSR1)
+        deadline = time.monotonic() + 10.0
+        # A process that does not get a core for a while answers late; one that is stopped or gone never does.
+        while time.monotonic() < deadline and any(
+            self._dumps[rank].stat().st_size == 0 and _state(self._processes[rank].pid) not in ("T", "Z", "X")
+            for rank in ranks
+        ):
+            time.sleep(0.1)
         time.sleep(0.5)
         return {rank: self._dumps[rank].read_text() for rank in ranks}
 

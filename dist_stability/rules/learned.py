@@ -164,11 +164,11 @@ class Learned:
             # 2 / (n + 2) weighs the n-th innovation with n: the steep first steps are forgotten soon.
             gain = max(2 / (commits + 2), _SCALE_GAIN)
             size = min(innovation, _CLIP_RISE * scale) if innovation > 0 else min(-innovation, _CLIP_FALL * scale)
-            followed = max(innovation, -_LEVEL_FALL * scale)
+            followed, fall = max(innovation, -_LEVEL_FALL * scale), 2 * size if innovation < 0 else 0.0
         else:
-            gain, size, followed = 1 / commits, abs(innovation), innovation
+            gain, size, followed, fall = 1 / commits, abs(innovation), innovation, abs(innovation)
         self.spread += gain * (size - self.spread)
-        self.falls += gain * ((2 * size if innovation < 0 else 0.0) - self.falls)
+        self.falls += gain * (fall - self.falls)
         if rate is not None:
             self._learn_rate(rate, gain)
         level = self.prediction(steps) + _LEVEL_GAIN * followed * root
@@ -186,12 +186,13 @@ class Learned:
         assert self.log_norm is not None
         return (math.log(norm) - math.log(jump) - self.log_norm) / self._norm_scale()
 
-    def learn_norm(self, norm: float, norms: int, anew: bool) -> None:
+    def learn_norm(self, norm: float, norms: int, jump: float, anew: bool) -> None:
         """Learn from one committed gradient norm.
 
         Args:
             norm: > 0.
             norms: Which norm this is, from 1.
+            jump: As for :meth:`norm_score`; a rise as large is learned at once.
             anew: It is the new normal, whatever was before.
         """
         value = math.log(norm)
@@ -199,7 +200,7 @@ class Learned:
             self.log_norm = value
             return
         clip = _NORM_CLIP * self._norm_scale() if norms > NORM_WARM_UP else math.inf
-        deviation = max(-clip, min(clip, value - self.log_norm))
+        deviation = max(-clip, min(clip + math.log(jump), value - self.log_norm))
         self.log_norm_spread += max(2 / (norms + 1), _SCALE_GAIN) * (abs(deviation) - self.log_norm_spread)
         self.log_norm = value if anew else self.log_norm + max(1 / norms, _NORM_GAIN) * deviation
 

@@ -7,8 +7,8 @@ Prediction ``p``, scale ``s`` and bar ``q`` come from committed values only::
     jump          J = max(1, announced learning rate / the one that a was learned under)
     evidence      x = max(0, (log (g / J) - mu_g) / max(1.2533 a_g, 0.2) - 3)    of the gradient norm g
     bar           q = c(nu) T_nu(1 - rate) sqrt(1 + 1 / min(n, 23))              Student t, nu = 2, 3, 4, 4, ...
-    envelope      E = min over h of  l_h + q s_h J sqrt(steps since)             h = 2, 4, 8, 16, 32 commits ago
-                      and of         y_min + max(D (y0 - y_min), 2 q s_falls)
+    envelope      E = min over h of  l_h + max(q s_h J sqrt(steps since), 0.01 (y0 - y_min))     2 to 32 commits ago
+                      and of         y_min + D (y0 - y_min), once that is more than 2 q max(s_falls, s_32) J
     accept  iff   y and g finite  and  y - p <= min((q - x) s, E - p)  =  bound
 
 Every part is there for a failure it fixed in closed loop (reject = restore, next batch):
@@ -28,11 +28,13 @@ Every part is there for a failure it fixed in closed loop (reject = restore, nex
   The mean of log g follows with gain 0.3: norms drift, and with the slow mean of the notes (1/16) a norm 300 times the
   usual one was missed in warm-up. It has patience, since a norm may change for good while the probe is harmless;
 * the envelope over horizons: label noise or a learning rate ten times too high lifts every commit by less than the bar.
-  Over h steps a random walk spreads by sqrt(h), so the same bar holds for the sum, in the scale of before the rise;
+  Over h steps a random walk spreads by sqrt(h), so the same bar holds for the sum, in the scale of before the rise.
+  Near the end of training the ripple of momentum is no random walk, hence the floor of 1 % of the descent;
 * the envelope above the best: without it the guarantee grows with every step. A quarter of all descent so far may be
-  lost, no more. That is far more than noise, and room for the slow rise of a run that overfits; one that loses a
-  quarter of what it gained on held-out data is refused, and should be stopped. ``s_falls`` is learned from falls only:
-  a larger noise has them and widens the envelope, a drift has not;
+  lost, no more. That is room for the slow rise of a run that overfits; one that loses a quarter of what it gained on
+  held-out data is refused, and should be stopped. A run that has not descended by far more than its noise has no such
+  envelope. Noise is judged by the scale of 32 commits ago and by ``s_falls``, learned from falls only: a larger noise
+  has them, a drift has not, so that no drift can lift the envelope by inflating the scale;
 * deep restore: the poison was committed already and every later proposal is bad. Asked for only while refusals carry
   *no* gradient evidence, since ordinary faults must not cost 8 to 16 committed steps; or while nothing is finite.
 
@@ -59,7 +61,8 @@ from dist_stability.verdict import Judgement
 
 _SCALE_MEMORY = 23  # samples an exponential average of gain 1/12 is worth, 2 / gain - 1
 _NORM_FREE = 3.0  # scales of log norm that are no evidence at all
-_NOISE_ROOM = 2.0  # bars of noise that the envelope leaves above the best
+_RIPPLE = 1e-2  # of the descent: a rise over several commits that is no drift yet
+_NOISE_ROOM = 2.0  # bars of noise that the envelope above the best must leave, or there is none
 
 _ANCHORS = 2
 _COOL_DOWN = 16  # commits between two deep restores
@@ -162,15 +165,18 @@ class PredictiveInnovation:
         """Highest measurement that may be committed now, whatever is predicted; +inf before there is a scale."""
         if self._first is None or self._commits < WARM_UP:
             return math.inf
-        learned, bar = self._learned, self._bar()
-        room = max(self.drift * (self._first - learned.best), _NOISE_ROOM * bar * learned.scale_of_falls())
-        highest = learned.best + (math.inf if math.isnan(room) else room)
-        reach, now = bar * learned.jump(self._rate), learned.clock + self._steps
+        learned = self._learned
+        # What scales of the past are worth now.
+        reach, now = self._bar() * learned.jump(self._rate), learned.clock + self._steps
+        descent, highest = self._first - learned.best, math.inf
+        noise = max(learned.scale_of_falls(), learned.scales[0] if learned.scales else math.inf)
+        if self.drift * descent > _NOISE_ROOM * reach * noise:
+            highest = learned.best + self.drift * descent
         for horizon in HORIZONS:
             if horizon > len(learned.levels):
                 break
             allowed = reach * learned.scales[-horizon] * math.sqrt(now - learned.times[-horizon])
-            highest = min(highest, learned.levels[-horizon] + allowed)
+            highest = min(highest, learned.levels[-horizon] + max(allowed, _RIPPLE * descent))
         return highest
 
     def judge(self, measurement: float, gradient_norm: float | None = None) -> Judgement:
@@ -217,11 +223,12 @@ class PredictiveInnovation:
         if self._first is None:
             self._first, self._learned = measurement, Learned.start(measurement)
             return
+        jump = self._learned.jump(self._rate)
         if measurement != self._learned.last:
             self._learn(measurement)
         if gradient_norm and _usable_norm(gradient_norm):
             self._norms += 1
-            self._learned.learn_norm(float(gradient_norm), self._norms, anew)
+            self._learned.learn_norm(float(gradient_norm), self._norms, jump, anew)
         self._since_deep += 1
         self._steps, self._rate = 1, None
 

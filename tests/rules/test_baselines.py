@@ -18,14 +18,14 @@ from dist_stability.rules.baselines import BASELINES, RobustTrend, SixSigma, ZCl
 NAMES = list(BASELINES)
 
 
-def stream(seed: int, steps: int = 400) -> list[float]:
+def stream(seed: int, steps: int = 500) -> list[float]:
     """A falling level with noise, spikes of all sizes, and a lasting rise at the end."""
     draw = random.Random(seed)
     values = []
     for step in range(steps):
         value = 2 + math.exp(-step / 60) + 0.02 * draw.gauss(0, 1)
-        if draw.random() < 0.08:
-            value *= 1 + draw.choice([0.05, 0.2, 1.0, 4.0, 40.0])
+        if draw.random() < 0.1:
+            value *= 1 + 10 ** draw.uniform(-2, 1.6)
         values.append(value + 3.0 * (step > 0.8 * steps))
     return values
 
@@ -204,6 +204,16 @@ class TestFormulas:
             refused += decisions.count(False)
         # Ten times the largest of a hundred is out of these streams' reach.
         assert refused or (name, sensitive) == ("megatron", False)
+
+    def test_the_bound_of_six_sigma_in_full_precision(self) -> None:
+        rule, values = SixSigma(), stream(5)
+        for index, value in enumerate(values):
+            if index >= 64:
+                std, mean = torch.std_mean(torch.tensor(values[max(0, index - 128) : index], dtype=torch.float64))
+                judgement = rule.judge(value)
+                assert judgement.bound == pytest.approx(6 * float(std), rel=1e-9)
+                assert judgement.innovation == pytest.approx(value - float(mean), rel=1e-6, abs=1e-9)
+            rule.commit(value)
 
     @pytest.mark.parametrize("name", NAMES)
     def test_the_default_is_the_original_s(self, name: str) -> None:

@@ -20,75 +20,112 @@ TABLE = {2: 31.59905457644362, 3: 12.923978636687481, 4: 8.610301581379275}
 
 
 class Reference:
-    """The reference implementation of the rule: short, one letter per symbol, anchors kept inside."""
+    """The formulas of the module docstring, written down once more: short, one letter per symbol, anchors inside."""
 
-    def __init__(self, c: float = 8.0) -> None:
-        self.c, self.level, self.b, self.a, self.n, self.r, self.ry = c, None, 0.0, 0.0, 0, 0, 0
-        self.mu, self.ag, self.ng, self.recent, self.since, self.anchors = None, 0.0, 0, [], 99, []
+    def __init__(self) -> None:
+        self.level, self.b, self.a, self.down, self.n, self.mu, self.ag, self.ng = None, 0.0, 0.0, 0.0, 0, None, 0.0, 0
+        self.r = self.quiet = self.loud = self.broken = 0
+        self.recent, self.since, self.anchors = [], 99, []
+        self.lr, self.past, self.k, self.rate = None, [], 1, None
 
     def scale(self) -> float:
-        floor = max(1e-3 * (self.y0 - self.ymin), self.c * max(0.0, -self.b)) / 6
-        return max(1.2533 * self.a, floor + 1e-7 * abs(self.level))
+        floor = max(1e-3 * (self.y0 - self.ymin), 8 * max(0.0, -self.b)) / 6
+        return max(1.2533 * self.a, floor + 1e-7 * abs(self.level)) * self.jump()
+
+    def jump(self) -> float:
+        return 1.0 if None in (self.rate, self.lr) else min(1e3, max(1.0, self.rate / self.lr))
 
     def judge(self, y: float, g: float | None = None) -> bool:
-        self.z, self.x = 0.0, math.inf
+        self.x = math.inf
         if not math.isfinite(y) or (g is not None and not math.isfinite(g)):
             return False
         self.x = 0.0
-        if self.level is None or self.n < 3:
+        if self.level is None:
             return True
         if g and self.ng >= 8:
-            self.x = max(0.0, (math.log(g) - self.mu) / max(1.2533 * self.ag, 0.2) - 3)
-        self.z = (y - self.level - min(self.b, 0.0)) / self.scale()
+            self.x = max(0.0, (math.log(g / self.jump()) - self.mu) / max(1.2533 * self.ag, 0.2) - 3)
+        if self.n < 3:
+            return True
         nu = min(4, max(2, self.n - 1))
         bar = (math.sqrt((nu - 2) / nu) if nu > 2 else 0.6) * TABLE[nu] * math.sqrt(1 + 1 / min(self.n, 23))
-        return self.z / (1 + self.r / 32) + self.x / (1 + self.r / 128) <= bar
+        self.bar = bar
+        p = self.level + self.k * min(self.b, 0.0)
+        room = 0.25 * (self.y0 - self.ymin)
+        noise = max(1.2533 * self.down, self.past[0][1]) if self.past else math.inf
+        highest = self.ymin + room if room > 2 * bar * noise * self.jump() else math.inf
+        for h in (2, 4, 8, 16, 32):
+            if h <= len(self.past):
+                level, s, _ = self.past[-h]
+                elapsed = sum(steps for _, _, steps in self.past[-h:]) + self.k
+                reach = max(bar * s * self.jump() * math.sqrt(elapsed), 0.01 * (self.y0 - self.ymin))
+                highest = min(highest, level + reach)
+        x = 0.0 if self.loud >= 128 else self.x
+        return y - p <= min((bar - x) * self.scale() * math.sqrt(self.k), highest - p)
 
     def commit(self, y: float, g: float | None = None) -> None:
+        anew, self.r, self.quiet, self.loud, self.broken = self.loud >= 128, 0, 0, 0, 0
         if self.level is None:
-            self.level = self.y0 = self.ymin = y
+            self.level = self.last = self.y0 = self.ymin = y
             return
-        release, p = self.r >= 32, self.level + min(self.b, 0.0)
-        e = y - p
-        if self.n >= 3:
-            self.recent = [*self.recent, self.z][-8:]
-        scale = self.scale()
-        self.n += 1
-        if self.n <= 3:
-            self.a += (abs(e) - self.a) / self.n
-        else:
-            w = min(e, 3 * scale) if e > 0 else min(-e, 8 * scale)
-            self.a += max(1 / (self.n + 1), 1 / 12) * (w - self.a)
-        level = p + 0.8 * e
-        self.b += max(1 / (self.n + 1), 0.1) * ((level - self.level) - self.b)
-        self.level = y if release else level
-        self.ymin, self.r, self.ry, self.since = min(self.ymin, y), 0, 0, self.since + 1
+        jump = self.jump()
+        if y != self.last:
+            p, s, root = self.level + self.k * min(self.b, 0.0), self.scale(), math.sqrt(self.k)
+            e = (y - p) / root
+            if self.n >= 3:
+                self.recent = [*self.recent, e / s][-8:]
+                self.past = [*self.past, (self.level, s / self.jump(), self.k)][-32:]
+            self.n += 1
+            gain = 1 / self.n if self.n <= 3 else max(2 / (self.n + 2), 1 / 12)
+            w = abs(e) if self.n <= 3 else min(e, 3 * s) if e > 0 else min(-e, 8 * s)
+            self.a += gain * (w - self.a)
+            self.down += gain * ((w if self.n <= 3 else 2 * w if e < 0 else 0) - self.down)
+            if self.rate is not None:
+                before, self.lr = self.lr, self.rate if self.lr is None else self.lr + gain * (self.rate - self.lr)
+                if before is not None and self.lr > before:
+                    grown = min(1e3, self.lr / before)
+                    self.past = [(level, scale * grown, steps) for level, scale, steps in self.past]
+            level = p + 0.8 * (e if self.n <= 3 else max(e, -4 * s)) * root
+            self.b += max(1 / (self.n + 1), 0.1) * ((level - self.level) / self.k - self.b)
+            self.level, self.last, self.ymin = level, y, min(self.ymin, y)
+        self.since += 1
         if g:
             v = math.log(g)
             self.ng += 1
             if self.mu is None:
                 self.mu = v
             else:
-                k = max(1 / self.ng, 1 / 16)
                 clip = 3 * max(1.2533 * self.ag, 0.2) if self.ng > 8 else math.inf
-                d = max(-clip, min(clip, v - self.mu))
-                self.ag += k * (abs(d) - self.ag)
-                self.mu = v if release else self.mu + k * d
-        if release:
-            self.recent = []
+                d = max(-clip, min(clip + math.log(jump), v - self.mu))
+                self.ag += max(2 / (self.ng + 1), 1 / 12) * (abs(d) - self.ag)
+                self.mu = v if anew else self.mu + max(1 / self.ng, 0.3) * d
+        self.k, self.rate = 1, None
 
     def reject(self) -> bool:
         self.r += 1
-        self.ry = self.ry + 1 if self.x == 0 else 0
-        suspect = self.ry >= 2 and max(self.recent, default=0) >= 3
-        return len(self.anchors) == 2 and self.since >= 16 and (self.ry >= 8 or suspect)
+        if self.x == math.inf:
+            self.quiet, self.broken = 0, self.broken + 1
+        elif self.x > 0:
+            self.loud, self.quiet, self.broken = self.loud + 1, 0, 0
+        else:
+            self.quiet, self.broken = self.quiet + 1, 0
+        long = max(self.quiet, self.broken)
+        if len(self.anchors) < 2 or self.since == 0:
+            return False
+        if self.since < 16:
+            return long >= 16
+        return long >= 8 or (self.quiet >= 2 and max(self.recent, default=0) >= 3)
 
     def anchor(self) -> None:
-        self.anchors = [*self.anchors, (self.level, self.b, self.a, self.ymin, self.mu, self.ag)][-2:]
+        kept = (self.level, self.b, self.a, self.down, self.ymin, self.last, self.lr, self.mu, self.ag, self.past)
+        self.anchors = [*self.anchors, kept][-2:]
 
     def deep(self) -> None:
-        self.level, self.b, self.a, self.ymin, self.mu, self.ag = self.anchors[0]
-        self.anchors, self.recent, self.since, self.r, self.ry = self.anchors[:1] * 2, [], 0, 0, 0
+        self.level, self.b, self.a, self.down, self.ymin, self.last = self.anchors[0][:6]
+        self.lr, self.mu, self.ag, self.past = self.anchors[0][6:]
+        self.anchors, self.recent, self.since = self.anchors[:1] * 2, [], 0
+        self.r = self.quiet = self.loud = self.broken = 0
+        if self.mu is None:
+            self.ng = 0
 
 
 class Loop:
@@ -131,7 +168,7 @@ def stream(seed: int, length: int) -> Iterator[tuple[float, float | None]]:
         elif u < 0.006:
             burst_left = 200
         elif u < 0.008:
-            norm_left = draw.choice([1, 10, 40])
+            norm_left = draw.choice([1, 10, 40, 200])
         drift += draw.gauss(0, 1e-4)
         y = offset + 2 * math.exp(-step / tau) + drift + sigma * e * (10 if burst_left else 1) + jump * bool(jump_left)
         g = math.exp(draw.gauss(0, 0.3) - step / (5 * tau)) * (300 if norm_left else 1)
@@ -158,6 +195,14 @@ def warm(rule: PredictiveInnovation, commits: int = 30, norm: float | None = 1.0
     return rule
 
 
+def conditions(seed: int, step: int) -> dict[str, Any]:
+    """What a controller might say with ``expect``: nothing, a learning rate on a schedule with jumps, several steps."""
+    if seed % 3 == 0:
+        return {}
+    rate = 1e-3 * (1 + step % 400) / 400 * (20 if step % 700 > 650 else 1)
+    return {"learning_rate": None if step % 11 == 0 else rate, "steps": 1 + (step // 50) % 4 if seed % 3 == 2 else 1}
+
+
 class TestAgreesWithTheReference:
     def test_every_decision_deep_flag_and_statistic_of_120k_attempts(self) -> None:
         refused = deeper = released = 0
@@ -169,11 +214,16 @@ class TestAgreesWithTheReference:
                     reference.commit(y)
                     loop.rule.commit(y)
                     continue
+                said = conditions(seed, index)
+                reference.k, reference.rate = said.get("steps", 1), said.get("learning_rate")
+                loop.rule.expect(**said)
                 expected = reference.judge(y, g)
                 judgement = loop.attempt(y, g)
                 assert judgement.accepted == expected, (seed, index)
+                if math.isfinite(y):
+                    assert judgement.evidence == pytest.approx(reference.x, rel=1e-9, abs=1e-9)
                 if expected:
-                    released += reference.r >= 32
+                    released += reference.loud >= 128
                     reference.commit(y, g)
                     commits += 1
                     if commits % 8 == 0:
@@ -185,13 +235,21 @@ class TestAgreesWithTheReference:
                     if deep:
                         reference.deep()
             state = loop.rule.state_dict()
-            theirs = (reference.level, reference.b, reference.a, reference.ymin, reference.mu, reference.ag)
-            assert [state[k] for k in ("level", "slope", "spread", "best", "log_norm", "log_norm_spread")] == [*theirs]
-            assert (state["refused"], state["refused_quietly"]) == (reference.r, reference.ry)
-            # (y - l) - min(b, 0) there and y - (l + min(b, 0)) here: scores differ in the last bits, nothing else does.
+            theirs = (reference.level, reference.b, reference.a, reference.down, reference.ymin, reference.last)
+            ours = [state[k] for k in ("level", "slope", "spread", "falls", "best", "last")]
+            assert ours == pytest.approx(theirs, rel=1e-9, abs=1e-9)
+            assert (state["log_norm"], state["log_norm_spread"], state["rate"]) == (
+                reference.mu,
+                reference.ag,
+                pytest.approx(reference.lr) if reference.lr else None,
+            )
+            assert [state[f"refused{k}"] for k in ("", "_quietly", "_loudly", "_broken")] == [
+                *(reference.r, reference.quiet, reference.loud, reference.broken)
+            ]
             assert state["recent"] == pytest.approx(reference.recent, rel=1e-6, abs=1e-6)
+            assert state["levels"] == pytest.approx([level for level, _, _ in reference.past], rel=1e-9, abs=1e-9)
         # The agreement means little unless the streams reach every branch.
-        assert refused > 5000 and deeper > 100 and released > 20, (refused, deeper, released)
+        assert refused > 5000 and deeper > 100 and released > 0, (refused, deeper, released)
 
 
 class TestBar:
@@ -278,12 +336,37 @@ class TestGradientEvidence:
         judgement = warm(PredictiveInnovation(), commits).judge(0.5, norm)
         assert not judgement.accepted and judgement.bound == -math.inf and "gradient norm is" in judgement.reason
 
-    def test_patience_with_the_gradient_is_slower_than_with_the_probe(self) -> None:
+    def test_a_norm_that_changed_for_good_is_believed_after_128_refusals_and_is_then_the_usual_one(self) -> None:
         rule = warm(PredictiveInnovation())
-        for _ in range(128):
+        for _ in range(127):
             rule.reject(1.0, 300.0)
         assert not rule.judge(1.0, 300.0).accepted
-        assert rule.judge(1.0, 1.0).bound == pytest.approx(5 * warm(PredictiveInnovation()).judge(1.0, 1.0).bound)
+        rule.reject(1.0, 300.0)
+        assert rule.judge(1.0, 300.0).accepted and not rule.judge(2.0, 300.0).accepted
+        rule.commit(1.0, 300.0)
+        assert rule.judge(1.0, 300.0).evidence == 0 and rule.judge(1.0, 300.0).accepted
+
+    def test_refusals_by_the_probe_do_not_use_up_the_patience(self) -> None:
+        rule = warm(PredictiveInnovation(deep_restore=False))
+        for _ in range(500):
+            rule.reject(2.0, 1.0)
+        assert not rule.judge(1.0, 300.0).accepted
+
+    def test_evidence_is_reported(self) -> None:
+        rule = warm(PredictiveInnovation())
+        assert rule.judge(1.0, 1.0).evidence == 0 < rule.judge(1.0, 300.0).evidence < math.inf
+        assert rule.judge(1.0, math.nan).evidence == math.inf
+
+    def test_three_hundred_times_the_norm_in_warm_up(self) -> None:
+        """Norms fall fast at the start; a slow mean of them lags far above and hides the fault."""
+        rule = PredictiveInnovation()
+        rule.commit(4.9)
+        norms = [5.8, 3.8, 2.1, 1.8, 1.65, 1.5, 1.3, 1.4, 1.2, 1.0, 1.1, 0.95]
+        losses = [4.28, 4.03, 3.91, 3.83, 3.77, 3.72, 3.67, 3.63, 3.59, 3.56, 3.54, 3.51]
+        for y, norm in zip(losses, norms, strict=True):
+            assert rule.judge(y, norm).accepted
+            rule.commit(y, norm)
+        assert rule.judge(3.48, 1.2).accepted and not rule.judge(3.48, 330.0).accepted
 
 
 class TestDeepRestore:
@@ -300,23 +383,33 @@ class TestDeepRestore:
 
     def test_two_are_enough_after_a_suspect_commit(self) -> None:
         loop = self.poisoned(PredictiveInnovation())
-        level, scale = loop.rule._prediction(), loop.rule._scale()
+        level, scale = loop.rule._learned.prediction(1), loop.rule._scale()
         assert loop.attempt(level + 4 * scale, 1.0).accepted
         assert [loop.attempt(3.0, 1.0).deep for _ in range(2)] == [False, True]
 
-    @pytest.mark.parametrize(("y", "g"), [(2.0, 300.0), (math.nan, 1.0), (2.0, math.nan)])
-    def test_never_with_an_outlying_gradient_or_nan(self, y: float, g: float) -> None:
+    def test_never_with_an_outlying_gradient(self) -> None:
         loop = self.poisoned(PredictiveInnovation())
-        assert not any(loop.attempt(y, g).deep for _ in range(40))
+        assert not any(loop.attempt(2.0, 300.0).deep for _ in range(40))
+
+    @pytest.mark.parametrize(("y", "g"), [(math.nan, 1.0), (math.inf, 1.0), (2.0, math.nan)])
+    def test_when_every_batch_gives_something_that_is_not_finite(self, y: float, g: float) -> None:
+        loop = self.poisoned(PredictiveInnovation())
+        assert [loop.attempt(y, g).deep for _ in range(30)] == [*[False] * 7, True, *[False] * 22]
+        loop = self.poisoned(PredictiveInnovation())
+        mixed = [(y, g) if i % 4 else (1.0, 1.0) for i in range(40)]
+        assert not any(loop.attempt(*each).deep for each in mixed)  # some batches are fine: so is the state
 
     def test_needs_two_anchors(self) -> None:
         loop = self.poisoned(PredictiveInnovation(), commits=15)
         assert not any(loop.attempt(2.0, 1.0).deep for _ in range(12))
 
-    def test_not_again_within_sixteen_commits(self) -> None:
+    def test_within_sixteen_commits_it_takes_sixteen_refusals_and_something_to_undo(self) -> None:
         loop = self.poisoned(PredictiveInnovation())
-        deep_at = [i for i in range(60) if loop.attempt(2.0 if loop.rule._since_deep >= 5 or i < 8 else 1.0, 1.0).deep]
-        assert deep_at == [7]
+        assert [loop.attempt(2.0, 1.0).deep for _ in range(60)].index(True) == 7
+        assert loop.rule._since_deep == 0  # the other 52 changed nothing: the state is the anchor already
+        for _ in range(5):
+            loop.attempt(0.999 - 1e-4 * loop.rule._since_deep, 1.0)
+        assert [loop.attempt(2.0, 1.0).deep for _ in range(30)] == [*[False] * 15, True, *[False] * 14]
 
     def test_statistics_become_those_of_the_older_anchor(self) -> None:
         loop = self.poisoned(PredictiveInnovation(), commits=24)
@@ -364,29 +457,16 @@ class TestDeepRestore:
         assert rule.state_dict()["level"] == before["level"]
 
 
-class TestRefusalsAndPatience:
-    def test_patience_grows_with_the_size_of_the_jump(self) -> None:
-        waits = []
-        for scales in (8, 20, 60):
-            rule = warm(PredictiveInnovation(deep_restore=False), 200)
-            y = rule._prediction() + scales * rule._scale()
-            count = 0
-            while count < 1000 and not rule.judge(y).accepted:
-                rule.reject(y)
-                count += 1
-            waits.append(count)
-        assert waits == sorted(waits)
-        assert waits == pytest.approx([32 * (z / 6.22 - 1) for z in (8, 20, 60)], rel=0.05, abs=1)
-
-    def test_release_re_anchors_on_the_new_level(self) -> None:
-        rule = warm(PredictiveInnovation(deep_restore=False))
+class TestRefusals:
+    @pytest.mark.parametrize("scales", [8, 20, 60])
+    def test_a_rise_that_every_proposal_repeats_is_refused_as_long_as_it_lasts(self, scales: float) -> None:
+        rule = warm(PredictiveInnovation(), 200)
+        y = 1 + scales * rule._scale()
+        first = rule.judge(y).bound
         for _ in range(1000):
-            if rule.judge(1.3).accepted:
-                break
-            rule.reject(1.3)
-        rule.commit(1.3)
-        assert rule.state_dict()["level"] == 1.3 and rule.state_dict()["recent"] == []
-        assert rule.judge(1.3).accepted
+            assert not rule.judge(y).accepted
+            rule.reject(y)
+        assert rule.judge(y).bound == first and rule.judge(1.0).accepted
 
     @settings(max_examples=60, deadline=None)
     @given(seed=st.integers(0, 2**32), sigma=st.floats(1e-4, 0.1), tau=st.sampled_from([50.0, 500.0, 1e9]))
@@ -414,6 +494,176 @@ class TestRefusalsAndPatience:
             return rule.judge(y * 1.01).accepted  # two steps' worth of progress back
 
         assert ripple(8.0) and not ripple(0.0)
+
+
+class TestExpect:
+    @pytest.mark.parametrize("factor", [10.0, 50.0])
+    def test_an_announced_jump_of_the_learning_rate_is_no_innovation(self, factor: float) -> None:
+        """The noise of the probe grows with the learning rate; without the announcement the jump is refused."""
+
+        def refusals(announced: bool) -> int:
+            draw, loop, refused = random.Random(3), Loop(PredictiveInnovation(deep_restore=False)), 0
+            loop.rule.commit(1.0)
+            for t in range(200):
+                rate = factor if t >= 100 else 1.0
+                loop.rule.expect(learning_rate=1e-3 * rate if announced else None)
+                refused += not loop.attempt(1 + 1e-3 * rate * (draw.gauss(0, 1) + 3 * (t >= 100)), rate).accepted
+            return refused
+
+        assert refusals(True) == 0 < refusals(False)
+
+    def test_the_announcement_is_forgotten_with_the_commit_and_once_learned_widens_nothing(self) -> None:
+        rule = warm(PredictiveInnovation())
+        for _ in range(100):
+            rule.expect(learning_rate=1e-3)
+            rule.commit(1 + 0.01 * random.Random(rule._commits).gauss(0, 1))
+        usual = rule.judge(1.0).bound
+        rule.expect(learning_rate=5e-4)
+        assert rule.judge(1.0).bound == usual
+        rule.expect(learning_rate=1e-2)
+        assert rule.judge(1.0).bound > 5 * usual
+        rule.reject(1.0)
+        assert rule.judge(1.0).bound > 5 * usual  # a refusal says nothing about the next proposal's conditions
+        rule.commit(1.0)
+        assert rule.judge(1.0).bound < 2 * usual
+
+    def test_steps_extend_the_descent_and_widen_the_noise_by_the_root(self) -> None:
+        draw, every, each = random.Random(5), PredictiveInnovation(), PredictiveInnovation()
+        y = [3 - 0.002 * t + 0.01 * draw.gauss(0, 1) for t in range(400)]
+        every.commit(y[0]), each.commit(y[0])
+        for t in range(1, 400):
+            each.commit(y[t])
+            if t % 4 == 0:
+                every.expect(steps=4)
+                every.commit(y[t])
+        every.expect(steps=4)
+        assert every.judge(y[399]).innovation == pytest.approx(y[399] - every._learned.level + 0.008, abs=0.004)
+        once = each.judge(1.0).bound
+        each.expect(steps=16)
+        assert each.judge(1.0).bound == pytest.approx(4 * once, rel=0.3)
+
+    def test_nonsense_is_the_same_as_nothing(self) -> None:
+        rule = warm(PredictiveInnovation())
+        before = rule.judge(1.0)
+        for rate in (0.0, -1.0, math.nan, math.inf):
+            rule.expect(learning_rate=rate, steps=0)
+            assert rule.judge(1.0) == before
+
+
+class TestRebase:
+    def test_a_moved_yardstick_moves_every_judgement_with_it(self) -> None:
+        rule, moved = warm(PredictiveInnovation(), 60), warm(PredictiveInnovation(), 60)
+        last = rule.state_dict()["last"]
+        moved.rebase(last + 0.5)
+        for y in (0.9, 1.0, 1.05, 1.2):
+            one, two = rule.judge(y), moved.judge(y + 0.5)
+            assert two.accepted == one.accepted
+            assert (two.innovation, two.bound) == (pytest.approx(one.innovation), pytest.approx(one.bound))
+        assert moved.envelope == pytest.approx(rule.envelope + 0.5)
+
+    def test_an_anchor_made_before_moves_too(self) -> None:
+        rule = warm(PredictiveInnovation(), 40)
+        anchor = rule.anchor()
+        for y in (0.99, 1.01, 1.0):
+            rule.commit(y)
+        rule.rebase(3.0)
+        rule.deep(anchor)
+        assert rule.state_dict()["level"] == pytest.approx(anchor["level"] + 2.0)
+        assert rule.judge(3.0).accepted and not rule.judge(3.2).accepted
+
+    @pytest.mark.parametrize("y", [math.nan, math.inf, 1e201])
+    def test_what_is_no_measurement_moves_nothing(self, y: float) -> None:
+        rule = warm(PredictiveInnovation())
+        before = rule.state_dict()
+        rule.rebase(y)
+        assert rule.state_dict() == before
+        PredictiveInnovation().rebase(1.0)  # before anything was committed: nothing to move
+
+
+class TestEnvelope:
+    @settings(max_examples=60, deadline=None)
+    @given(seed=st.integers(0, 10_000))
+    def test_nothing_above_it_is_ever_accepted(self, seed: int) -> None:
+        loop = Loop(PredictiveInnovation())
+        for y, g in stream(seed, 300):
+            envelope = loop.rule.envelope
+            if loop.attempt(y, g).accepted and envelope < math.inf:
+                assert y <= envelope + 4e-16 * max(abs(y), abs(envelope))
+
+    @pytest.mark.parametrize("drift", [0.1, 0.25, math.inf])
+    def test_a_drift_far_below_the_noise_ends_at_its_share_of_the_descent(self, drift: float) -> None:
+        draw, loop, highest = random.Random(1), Loop(PredictiveInnovation(drift=drift, deep_restore=False)), 0.0
+        loop.rule.commit(3.0)
+        for t in range(3000):
+            y = 1 + 2 * math.exp(-t / 30) + 1e-3 * max(0, t - 300) + 5e-3 * draw.gauss(0, 1)
+            if loop.attempt(y).accepted and t > 300:
+                highest = max(highest, y)
+        if drift == math.inf:
+            assert highest > 3.5  # without it every single step is well below the bar
+        else:
+            assert 0.9 * drift * 2 < highest - 1 < 1.1 * drift * 2
+
+    def test_label_noise_that_lifts_every_commit_by_less_than_the_bar(self) -> None:
+        draw, rule = random.Random(11), PredictiveInnovation()
+        rule.commit(1.0)
+        for _ in range(100):
+            rule.commit(1 + 0.01 * draw.gauss(0, 1))
+        committed = 0
+        for t in range(40):
+            y = 1 + 0.03 * (t + 1) + 0.01 * draw.gauss(0, 1)
+            assert rule.judge(y).innovation < 6.2 * max(rule._scale(), 0.01)
+            if not rule.judge(y).accepted:
+                break
+            rule.commit(y)
+            committed += 1
+        assert committed <= 12
+
+    def test_a_run_that_overfits_slowly_is_not_refused(self) -> None:
+        draw, loop = random.Random(2), Loop(PredictiveInnovation())
+        loop.rule.commit(3.0)
+        for t in range(8000):
+            rise = 0.4 * max(0, t - 1000) / 7000  # a fifth of the descent, far more slowly than the noise
+            assert loop.attempt(1 + 2 * math.exp(-t / 100) + rise + 0.01 * draw.gauss(0, 1)).accepted
+
+    def test_there_is_none_when_it_would_not_hold_the_noise(self) -> None:
+        draw, loop = random.Random(4), Loop(PredictiveInnovation())
+        loop.rule.commit(3.0)
+        for t in range(1000):
+            loop.attempt(1 + 2 * math.exp(-t / 100) + 0.01 * draw.gauss(0, 1))
+        assert loop.rule.envelope < 1.5
+        refused = 0
+        for _ in range(500):
+            refused += not loop.attempt(1 + 0.2 * draw.gauss(0, 1)).accepted  # twenty times the noise
+        assert loop.rule.envelope > 1.8 and refused < 30
+
+    def test_a_probe_that_rises_smoothly_from_the_start_is_not_refused(self) -> None:
+        """Running statistics of BatchNorm at a tiny learning rate; fine-tuning that overfits."""
+        loop = Loop(PredictiveInnovation())
+        loop.rule.commit(2.3)
+        for t in range(200):
+            assert loop.attempt(2.3 - 1e-4 * min(t, 2) + 1e-4 * max(0, t - 2)).accepted
+
+
+class TestWeightsThatDoNotMove:
+    def test_equal_first_measurements_do_not_lock_the_rule_out(self) -> None:
+        """A schedule that starts at a learning rate of exactly 0."""
+        draw, rule = random.Random(0), PredictiveInnovation()
+        for _ in range(10):
+            rule.commit(4.0, 1.0)
+        assert rule.state_dict()["commits"] == 0 and rule.state_dict()["norms"] == 9
+        y = 4.0
+        for _ in range(40):
+            y -= 0.02 + 0.01 * draw.gauss(0, 1)
+            assert rule.judge(y, 1.0).accepted
+            rule.commit(y, 1.0)
+
+    def test_equal_measurements_later_on_teach_no_scale(self) -> None:
+        rule = warm(PredictiveInnovation(), 60)
+        rule.commit(1.0)
+        bound = rule.judge(1.0).bound
+        for _ in range(200):
+            rule.commit(1.0)
+        assert rule.judge(1.0).bound == bound
 
 
 class TestFalseRejects:
@@ -500,14 +750,15 @@ class TestAnyFloat:
             loop.rule.reject(y, g)
         after = loop.rule.state_dict()
         assert after.pop("refused") == before.pop("refused") + len(refused)
-        after.pop("refused_quietly"), before.pop("refused_quietly")
+        for name in ("refused_quietly", "refused_loudly", "refused_broken"):
+            after.pop(name), before.pop(name)
         assert after == before
 
-    def test_a_probe_that_is_exactly_zero_still_has_a_bound(self) -> None:
+    def test_a_probe_that_became_exactly_zero_still_has_a_bound(self) -> None:
         rule = PredictiveInnovation()
-        for _ in range(10):
-            rule.commit(0.0)
-        assert rule.judge(0.0).accepted and 0 < rule.judge(0.0).bound < 1e-300
+        for y in (3e-300, 2e-300, 1e-300, 0.0, 0.0, 0.0):
+            rule.commit(y)
+        assert rule.judge(0.0).accepted and 0 < rule.judge(0.0).bound < 1e-297
         assert not rule.judge(1e-9).accepted
 
 
@@ -525,13 +776,13 @@ class TestEquivariance:
     @given(seed=st.integers(0, 10_000), factor=st.floats(0.1, 10), shift=st.floats(-10, 10))
     def test_affine_maps_change_nothing_but_the_unit(self, seed: int, factor: float, shift: float) -> None:
         draw, plain, mapped = random.Random(seed), PredictiveInnovation(), PredictiveInnovation()
-        # The relative floor of 1e-7 on the scale is not equivariant; bar <= 22, patience <= 1.3 here.
+        # The relative floor of 1e-7 on the scale is not equivariant, nor is what depends on the scale: bar <= 22.
         tolerance = 30 * 1e-7 * (10 + 5 * factor)
         for t in range(150):
             y = 2 * math.exp(-t / 50) + 0.05 * draw.gauss(0, 1) + (t % 50 > 40)
             one, two = plain.judge(y), mapped.judge(factor * y + shift)
             assert two.bound == pytest.approx(factor * one.bound, rel=1e-6, abs=tolerance)
-            assert two.innovation == pytest.approx(factor * one.innovation, abs=1e-9, nan_ok=True)
+            assert two.innovation == pytest.approx(factor * one.innovation, abs=tolerance, nan_ok=True)
             if not abs(one.innovation - one.bound) * factor <= tolerance:
                 assert two.accepted == one.accepted
             for rule, value in ((plain, y), (mapped, factor * y + shift)):
@@ -609,9 +860,9 @@ class TestSettings:
         with pytest.raises(TypeError, match="false_reject_rate must be a probability"):
             PredictiveInnovation(bad)
 
-    @pytest.mark.parametrize("name", ["patience", "gradient_patience", "materiality"])
+    @pytest.mark.parametrize("name", ["gradient_patience", "materiality", "drift"])
     def test_other_settings(self, name: str) -> None:
-        for bad in (-1.0, math.nan, math.inf):
+        for bad in (-1.0, math.nan, *([] if name == "drift" else [math.inf])):
             with pytest.raises(ValueError, match=f"{name} must be"):
                 PredictiveInnovation(**{name: bad})
         with pytest.raises(TypeError, match="deep_restore must be True or False, got 1"):
