@@ -70,9 +70,9 @@ def test_an_exception_comes_back_by_rank_and_the_pool_recovers(two: harness.Pool
 
 
 def test_a_stopped_a_hung_and_a_dead_rank_are_told_apart(two: harness.Pool) -> None:
-    results = two.run(stop_one, timeout=2, expect_failure=True)
+    results = two.run(stop_one, timeout=8, expect_failure=True)
     assert results[0] == "fine" and results[1].type == "Hung"
-    results = two.run(hang, timeout=2, expect_failure=True)
+    results = two.run(hang, timeout=8, expect_failure=True)
     assert [result.type for result in results] == ["Hung", "Hung"] and "in hang" in results[0].traceback
     results = two.run(leave, timeout=20, expect_failure=True)
     assert [result.type for result in results] == ["Died", "Died"] and "7" in results[0].message
