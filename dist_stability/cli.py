@@ -47,7 +47,14 @@ def _bench(options: argparse.Namespace) -> int:
     try:
         for module, purpose in (("sklearn.datasets", "the benchmark's digits"), ("matplotlib.figure", "its figure")):
             import_extra(module, purpose)
-        bench(options.out, seeds=options.seeds, quick=options.quick, parts=options.parts, workers=options.workers)
+        bench(
+            options.out,
+            seeds=options.seeds,
+            quick=options.quick,
+            parts=options.parts,
+            workers=options.workers,
+            arms=options.arms,
+        )
     except (MissingExtra, ValueError) as error:
         return _failed(error)
     for name in ("report.html", "tables.md", "summary.json"):
@@ -116,6 +123,7 @@ def _parser() -> argparse.ArgumentParser:
     bench.add_argument(
         "--workers", type=int, default=os.cpu_count() or 1, metavar="N", help="processes; default: cores"
     )
+    bench.add_argument("--arms", nargs="+", metavar="RULE", help="of the closed loop; default: all, which takes hours")
     bench.set_defaults(run=_bench)
 
     report = commands.add_parser("report", help="figures and one page for a run, or for a folder of runs")

@@ -311,7 +311,8 @@ class StabilityController:
             accumulate: Micro-batches in an attempt: how many batches the loop takes from one ``step()`` to the next.
             max_bytes: Host memory for the kept batches.
 
-        Not promised: a loader that draws from the global random streams does not draw again for a replayed batch.
+        Not promised: a loader that draws from the global random streams does not draw again for a replayed batch. A
+        checkpoint does not hold kept batches: one that is written during a replay loses what was to be shown again.
 
         Raises:
             TypeError, ValueError: A bad argument, or ``max_bytes`` is too small for the batches between two probes.
@@ -320,6 +321,11 @@ class StabilityController:
             return iter(loader)
         if self._replay is None:
             self._replay = Replay(BatchWindow(max_bytes), self.cadence.most)
+        elif self._replay.window.max_bytes != max_bytes:
+            raise ValueError(
+                f"batches(max_bytes={max_bytes}): an earlier loop of this controller was given "
+                f"{self._replay.window.max_bytes}, and its batches may be kept still; give every loop the same"
+            )
         return self._replay.batches(loader, accumulate)
 
     def announce(self, learning_rate: float | None) -> None:
@@ -504,15 +510,29 @@ class StabilityController:
 
     def _decide(self, attempt: Attempt) -> Decision:
         if attempt.overflow:
-            return Decision(Action.SCALER_SKIP, "scaler", "the scaled gradients overflowed")
+            return self._look_behind(attempt)
         if attempt.vetoed and not attempt.judged:
             return self._veto.explain(attempt)
         self._phases.enter("after step")
         if not attempt.judged:
             return self._judging.unjudged(attempt)
+        return self._judge(attempt, len(self._ledger.pending) + 1)
+
+    def _judge(self, attempt: Attempt, steps: int) -> Decision:
         self._ledger.judged += 1
-        steps = len(self._ledger.pending) + 1
         return self._judging.judge(attempt, steps, self._compares_replicas())
+
+    def _look_behind(self, attempt: Attempt) -> Decision:
+        """An overflow: no step was taken. But unjudged ones before it may be its cause, and then would never be judged.
+
+        Weights that are not finite make every later gradient overflow, and the scaler would skip for ever.
+        """
+        skipped = Decision(Action.SCALER_SKIP, "scaler", "the scaled gradients overflowed")
+        if not (attempt.judged and self._ledger.pending and self._enforced):
+            return skipped
+        self._phases.enter("after step")
+        decision = self._judge(attempt, len(self._ledger.pending))
+        return decision if decision.action.refused else skipped
 
     def _finish(self, attempt: Attempt, decision: Decision, outcome: Outcome) -> Verdict:
         """Remember the attempt, and tell whoever listens."""

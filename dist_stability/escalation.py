@@ -341,7 +341,22 @@ class Ladder:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take over what a checkpoint kept. The settings stay, and a run that had stopped may try again."""
+        """Take over what a checkpoint kept.
+
+        The settings stay: a resumed run may be given others. One that had stopped may try again, with a new budget of
+        refusals; what was spent on cuts, deep rollbacks and reloads stays spent.
+
+        Raises:
+            TypeError: The state is not a mapping.
+            ValueError: It was not made by this class; nothing was changed.
+        """
+        if not isinstance(state, Mapping):
+            raise TypeError(f"Ladder.load_state_dict expects a dictionary, got {type(state).__name__}")
+        if set(state) != set(self.state_dict()):
+            missing, unknown = sorted({*self.state_dict()} - {*state}), sorted({*state} - {*self.state_dict()})
+            raise ValueError(
+                f"Ladder.load_state_dict: missing keys {missing}, unknown keys {unknown}; was it saved by this version?"
+            )
         for name in _NUMBERS:
             setattr(self, f"_{name}", state[name])
         self.in_a_row, self.total, self.stopped = int(state["in_a_row"]), int(state["total"]), False
@@ -350,6 +365,9 @@ class Ladder:
         self._episode = Counter(state["episode"])
         self._order = deque(state["batches"])
         self._batches = Counter(self._order)
+        if self.in_a_row >= self.settings.max_refusals_in_row or self._window_spent():
+            self.in_a_row = self._quiet = 0
+            self._refusals.clear()
 
     # ------------------------------------------------------------------ choosing
 

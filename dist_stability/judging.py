@@ -118,7 +118,8 @@ class Judging:
         attempt.vetoed = bool(attempt.vetoed) or (tally.veto > 0 and tally.no == 0)
         self._panel.expect(steps=steps, learning_rate=attempt.learning_rate)
         if not attempt.vetoed:
-            return self._decide(attempt, tally, error, attempt.norm)
+            # Overflowed gradients were not stepped with, so their norm says nothing about what is measured here.
+            return self._decide(attempt, tally, error, None if attempt.overflow else attempt.norm)
         # Nothing was proposed now; what was measured is what stands. If that is refused (a fault in unjudged attempts,
         # or weights that somebody else damaged), it is restored, or the guards would veto everything for ever.
         standing = self._decide(attempt, tally, error, None)

@@ -163,7 +163,7 @@ class Settlement:
         response = self._ladder.refused(self._facts(attempt, decision))
         judgement = decision.judgement
         if judgement is not None and not judgement.accepted and decision.measurement is not None:
-            norm = None if attempt.vetoed else attempt.norm
+            norm = None if attempt.vetoed or attempt.overflow else attempt.norm
             self._panel.reject(decision.measurement, decision.confirmation, norm)
         outcome = self._undo(attempt, decision, response)
         if attempt.vetoed and outcome.action.refused:
@@ -186,7 +186,7 @@ class Settlement:
 
     def _facts(self, attempt: Attempt, decision: Decision) -> Refusal:
         judgement, measured = decision.judgement, decision.measurement
-        norm = attempt.norm
+        norm, alone = None if attempt.overflow else attempt.norm, not self._ledger.pending
         return Refusal(
             attempt.index,
             decision.signal,
@@ -196,10 +196,11 @@ class Settlement:
             finite=(measured is None or math.isfinite(measured)) and (norm is None or math.isfinite(norm)),
             # Rules count on going back by 8 commits at least, which only the second anchor guarantees.
             wants_deep=decision.action is Action.DEEP_ROLLBACK and self._recovery.ring.full,
-            alone=not self._ledger.pending,
+            alone=alone,
             anchors=len(self._recovery.ring.older),
             can_reload=self._reload_state is not None,
-            batch=self._identify_batch(attempt.index),
+            # With unjudged steps in the proposal any of their batches may be guilty; the replay will tell.
+            batch=self._identify_batch(attempt.index) if alone else None,
         )
 
     def _restore(self, attempt: Attempt, deep: bool = False, oldest: bool = True) -> tuple[Action, tuple[int, ...]]:
@@ -286,6 +287,7 @@ class Settlement:
             return f"{moved}: the probe itself fails"
         followed = self._panel.rebase(before, second)
         self._recovery.ring.safe.measurement = before
+        self._guarantees.rebased(before - recorded)
         self._guarantees.committed(before)
         return f"{moved}: the probe has moved" + (", and the rule's level with it" if followed else "")
 

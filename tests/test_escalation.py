@@ -201,6 +201,24 @@ def test_a_resumed_ladder_goes_on_where_it_was() -> None:
     assert all(rungs(attempt) == whole for attempt in range(1, 120, 7))
 
 
+def test_a_run_that_had_stopped_may_try_again_once_it_is_resumed() -> None:
+    ladder = Ladder(Escalation(max_refusals_in_row=5))
+    refuse(ladder, range(5), **LOUD)
+    assert ladder.stopped
+    resumed = Ladder(Escalation(max_refusals_in_row=5))
+    resumed.load_state_dict(ladder.state_dict())
+    assert refuse(resumed, range(5, 10), **LOUD) == ["skip"] * 4 + ["stop"] and resumed.total == 10
+
+
+def test_what_is_no_state_of_a_ladder_is_refused() -> None:
+    ladder = Ladder()
+    with pytest.raises(ValueError, match=r"missing keys.*'level'"):
+        ladder.load_state_dict({"in_a_row": 3})
+    with pytest.raises(TypeError, match="int"):
+        ladder.load_state_dict(3)  # type: ignore[arg-type]
+    assert ladder.in_a_row == 0
+
+
 @pytest.mark.parametrize(
     ("setting", "error"),
     [

@@ -86,6 +86,11 @@ class Guarantees:
         if math.isfinite(measurement):
             self._highest = measurement if self._highest is None else max(self._highest, measurement)
 
+    def rebased(self, difference: float) -> None:
+        """The yardstick moved: equal weights measure ``difference`` more now. What was committed counts as much more."""
+        if self._highest is not None and difference > 0 and math.isfinite(difference):
+            self._highest += difference
+
     def restored(self, committed: Sequence[int], found: Sequence[int]) -> None:
         """Check a restore against Proposition 7.4.
 

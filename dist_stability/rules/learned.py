@@ -23,7 +23,7 @@ WARM_UP = 3
 NORM_WARM_UP = 8
 """Norms before the gradient is judged."""
 
-HORIZONS = (2, 4, 8, 16, 32)
+HORIZONS = (4, 8, 16, 32)
 """Commits over which a rise is judged as a whole."""
 
 _SMALLEST_SCALE = sys.float_info.min  # a probe that was exactly 0 so far still has a scale to divide by
@@ -36,6 +36,7 @@ _LEVEL_FALL = 4.0  # scales that the level follows a fall at once
 _DESCENT_FLOOR = 1e-3  # of the descent since the start
 _FLOOR_BAR = 6.0  # scales that turn a floor on the bar into a floor on the scale
 _LARGEST_JUMP = 1e3  # a learning rate that was about 0 says nothing about the scale at the new one
+_NEW_LEVEL = 2.0  # times the learning rate of the past
 _NORM_GAIN = 0.3
 _NORM_SCALE_FLOOR = 0.2  # in units of log norm
 _NORM_CLIP = 3.0  # scales
@@ -50,7 +51,7 @@ class Learned:
         slope: b, per optimizer step.
         spread: a, mean absolute innovation of one step.
         falls: Twice the mean downward innovation of one step: the spread, seen from below only.
-        best: Lowest committed measurement.
+        best: Lowest committed measurement, as far as the level has followed it.
         last: Measurement of the last commit.
         rate: The announced learning rate that the spread was learned under; None before there was one.
         log_norm: mu_g, of the gradient norm; None before there was one.
@@ -174,7 +175,8 @@ class Learned:
         level = self.prediction(steps) + _LEVEL_GAIN * followed * root
         self.slope += max(1 / (commits + 1), _SLOPE_GAIN) * ((level - self.level) / steps - self.slope)
         self.level, self.last, self.clock = level, measurement, self.clock + steps
-        self.best = min(self.best, measurement)
+        # Not a single measurement far below all others: everything usual would lie high above it for ever.
+        self.best = min(self.best, max(measurement, level))
 
     def norm_score(self, norm: float, jump: float) -> float:
         """Scales by which a log gradient norm exceeds the usual one. Needs ``log_norm``.
@@ -218,8 +220,11 @@ class Learned:
     def _learn_rate(self, rate: float, gain: float) -> None:
         """Follow the announced learning rate with the memory of the scale.
 
-        Scales of the past count at the learning rate of the past: where that has grown since, so have they.
+        Scales of the past count at the learning rate of the past: where that has grown since, so have they. Where it
+        was announced to be twice as large, the measurement settles on another level, of which the past says nothing.
         """
+        if self.jump(rate) >= _NEW_LEVEL:
+            self.levels, self.scales, self.times = [], [], []
         before, self.rate = self.rate, rate if self.rate is None else self.rate + gain * (rate - self.rate)
         if before is not None and self.rate > before:
             growth = min(self.rate / before, _LARGEST_JUMP)

@@ -7,7 +7,7 @@ Prediction ``p``, scale ``s`` and bar ``q`` come from committed values only::
     jump          J = max(1, announced learning rate / the one that a was learned under)
     evidence      x = max(0, (log (g / J) - mu_g) / max(1.2533 a_g, 0.2) - 3)    of the gradient norm g
     bar           q = c(nu) T_nu(1 - rate) sqrt(1 + 1 / min(n, 23))              Student t, nu = 2, 3, 4, 4, ...
-    envelope      E = min over h of  l_h + max(q s_h J sqrt(steps since), 0.01 (y0 - y_min))     2 to 32 commits ago
+    envelope      E = min over h of  l_h + max(1.5 q s_h J sqrt(steps since), 0.01 (y0 - y_min))   4 to 32 commits ago
                       and of         y_min + D (y0 - y_min), once that is more than 2 q max(s_falls, s_32) J
     accept  iff   y and g finite  and  y - p <= min((q - x) s, E - p)  =  bound
 
@@ -28,8 +28,9 @@ Every part is there for a failure it fixed in closed loop (reject = restore, nex
   The mean of log g follows with gain 0.3: norms drift, and with the slow mean of the notes (1/16) a norm 300 times the
   usual one was missed in warm-up. It has patience, since a norm may change for good while the probe is harmless;
 * the envelope over horizons: label noise or a learning rate ten times too high lifts every commit by less than the bar.
-  Over h steps a random walk spreads by sqrt(h), so the same bar holds for the sum, in the scale of before the rise.
-  Near the end of training the ripple of momentum is no random walk, hence the floor of 1 % of the descent;
+  Over h steps a random walk spreads by sqrt(h), so the bar (1.5 of them: neighbouring steps are correlated) holds for
+  the sum, in the scale of before the rise. Near the end of training the ripple of momentum is no random walk, hence the
+  floor of 1 % of the descent;
 * the envelope above the best: without it the guarantee grows with every step. A quarter of all descent so far may be
   lost, no more. That is room for the slow rise of a run that overfits; one that loses a quarter of what it gained on
   held-out data is refused, and should be stopped. A run that has not descended by far more than its noise has no such
@@ -38,7 +39,18 @@ Every part is there for a failure it fixed in closed loop (reject = restore, nex
 * deep restore: the poison was committed already and every later proposal is bad. Asked for only while refusals carry
   *no* gradient evidence, since ordinary faults must not cost 8 to 16 committed steps; or while nothing is finite.
 
-MEASURED
+Measured on tuning seeds 0 to 3 (``bench.detection.closed_loop.run`` over ``cells.fault_cells``; regret is the loss on a
+third data set above perfect rejection; with one bar over horizons of 2 to 32 instead of 1.5 bars over 4 to 32, the
+controller with and without its ladder): 194 cells of 27 faults on four tasks, with clipped gradients and two ranks
+among them. No run lost more than 0.04 nats, 96 % less than 0.02. With 1.5 bars, in 56 cells of the weakest and the
+sustained faults, two lost more than 0.05 (labels shuffled for ten steps, small CNN, 0.065 and 0.053; with one bar 0.026
+and 0.018). Of 420 proposals in seven runs that each raised the loss by 0.2 nats, gradients untouched, none was
+committed. Updates reversed and ten times too long were committed once, at their first step, in most runs of the small
+CNN, and refused from then on. With the constants as they are: no refusal in 16,880 clean steps on smooth schedules and
+none in 9,600 steps of runs whose learning rate was announced to rise 10 or 50 times at once (rule of the notes: 11).
+
+What it cannot see: a second moment multiplied by 10,000 all but stops Adam and raises nothing; up to 0.03 nats of
+progress were lost within 40 steps.
 
 The bound of the controller paper (Proposition 7.5) holds with the rule's own bound: ``p <= l``, and ``l`` never
 exceeds the highest committed measurement M. By induction over commits: ``l' = p + 0.8 max(y - p, -4 s)`` lies between p
@@ -61,6 +73,7 @@ from dist_stability.verdict import Judgement
 
 _SCALE_MEMORY = 23  # samples an exponential average of gain 1/12 is worth, 2 / gain - 1
 _NORM_FREE = 3.0  # scales of log norm that are no evidence at all
+_DRIFT_BARS = 1.5  # bars over a horizon: neighbouring innovations are correlated, and four horizons are looked at
 _RIPPLE = 1e-2  # of the descent: a rise over several commits that is no drift yet
 _NOISE_ROOM = 2.0  # bars of noise that the envelope above the best must leave, or there is none
 
@@ -175,7 +188,7 @@ class PredictiveInnovation:
         for horizon in HORIZONS:
             if horizon > len(learned.levels):
                 break
-            allowed = reach * learned.scales[-horizon] * math.sqrt(now - learned.times[-horizon])
+            allowed = _DRIFT_BARS * reach * learned.scales[-horizon] * math.sqrt(now - learned.times[-horizon])
             highest = min(highest, learned.levels[-horizon] + max(allowed, _RIPPLE * descent))
         return highest
 

@@ -6,19 +6,21 @@ that creeps up. Here the newest committed measurement is compared with what was 
     level    l' = l + 0.5 (y - l)
     spread   s' = s + max(2 / (n + 2), 1/12) (|y - y_before| - s)                 of committed measurements
     scale    S  = max(1.2533 s, 1e-3 (y_first - y_best) / 6 + 1e-7 |l|)
-    alarm    y > l_then + 10 S_then sqrt(elapsed steps / 48)                      "then": 48 commits ago
+    alarm    y > l_then + 14 S_then sqrt(elapsed steps / 48)                      "then": 48 commits ago
 
 * The scale is that of *then*: a run that diverges gets noisier, and its present scale would hide the rise.
 * On a falling loss the spread is mostly the descent, so the bar is a rise worth about a dozen steps of progress.
-* A healthy run that overfits rises by far less than its own noise in 48 steps; ten times the noise is allowed.
+* A healthy run that overfits rises by far less than its own noise in 48 steps; fourteen times the noise is allowed.
 * A test for a positive slope over a window, the usual one, was tried first and dropped: measurements of neighbouring
   steps are correlated, so it alarms in every plateau (t values up to 36 on clean runs, more than in any ramp).
 
 It warns; what follows is the controller's business. A warning needs 56 commits of history.
 
-Measured on one recorded seed of each of four small tasks, learning rate +3 % per step from step 120 on, damage being
-the loss on a third data set above that of the run without the ramp (``closed_loop`` cells "ramp"): alarms at damages of
-0.00, 0.05, 0.06 and 0.12 nats; no alarm in 11,700 clean steps. Largest excess seen there: 8.9 scales.
+Measured on two tuning seeds of each of four small tasks, learning rate +3 % per step from step 120 on for 100 steps:
+six of eight ramps noticed, at 0.00 to 0.12 nats (median 0.08) above the run without the ramp on a third data set; most
+of that is progress not made, the loss itself had risen by 0.04 nats in the median. The other two cost progress and had
+not raised the loss at all after 88 steps. No alarm on 16,900 clean steps. With a threshold of 10: seven ramps, median
+0.06, and two episodes of alarm on the clean steps, both of SGD on the small CNN.
 """
 
 from __future__ import annotations
@@ -45,7 +47,7 @@ class SlowDivergence:
     one before teaches nothing: the weights did not move. One that is not finite is ignored, as no rule commits it.
     """
 
-    def __init__(self, threshold: float = 10.0) -> None:
+    def __init__(self, threshold: float = 14.0) -> None:
         """Set the bar.
 
         Args:
