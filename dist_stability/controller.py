@@ -33,6 +33,7 @@ from torch.optim import Optimizer
 from . import parallel
 from .attempt import Attempt, Decision, PhaseListener, Phases, event_of, one_line
 from .cadence import Cadence, FixedCadence
+from .collapse import StepCollapse
 from .errors import LockstepError, StabilityError, StabilityStop
 from .escalation import Escalation, Ladder, Rung
 from .guards import Guard
@@ -47,7 +48,7 @@ from .rules import Guarantees, PredictiveInnovation, Rule, settings_of
 from .rules.panel import Panel, Trend
 from .rules.trend import SlowDivergence
 from .settlement import Outcome, Settlement
-from .signals import Gradients, LossProbe, Monitor, Signal, SignalValues, StepContext, host_values
+from .signals import Gradients, LossProbe, Monitor, Signal, SignalValues, StepContext, UpdateRatio, host_values
 from .startup import agree_on_replicas, agree_on_settings, make_vote, world_of
 from .validation import check_not_fused_into_backward, check_optimizers, check_parts, check_scaler, check_settings
 from .verdict import Action, Verdict
@@ -78,7 +79,8 @@ class StabilityController:
         timeout: Seconds after which a wait for other ranks ends with :class:`LockstepError`.
         replica_check_every: Compare the bits of replicated state at every this many judged attempts; 0 never.
         signals: What else to measure and log at judged attempts, beside what is free: ``UpdateRms()``, ``GroupNorms()``
-            and others of :mod:`dist_stability.signals`. They ride in the vote.
+            and others of :mod:`dist_stability.signals`. They ride in the vote. With ``UpdateRatio()`` a collapse of the
+            effective step is refused, too: an optimizer whose second moment is poisoned stands still and harms nothing.
         confirm: A second probe, disjoint from the first: a step is then refused only if both refuse it.
         trend: Watches committed measurements for slow divergence; None for not at all.
         escalation: When to do more about refusals than to skip, and when to stop.
@@ -141,8 +143,9 @@ class StabilityController:
         self._timeout, self._probe_on, self._replica_check_every = float(timeout), probe_on, replica_check_every
         self._on_event = on_event
         self._ladder = Ladder(escalation)
-        self._panel = Panel(rule, confirm is not None, trend)
         self._monitor = Monitor(signals)
+        watched = any(isinstance(signal, UpdateRatio) for signal in self._monitor.signals)
+        self._panel = Panel(rule, confirm is not None, trend, StepCollapse() if watched else None)
         self._guarantees = Guarantees()
         self._ledger = Ledger()
         self._phases = Phases(None)

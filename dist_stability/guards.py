@@ -250,6 +250,11 @@ class GradientNormGuard(Guard):
         if norm is not None and 0.0 < norm < math.inf and self.veto(norm):
             self._vetoes += 1
 
+    @property
+    def usual(self) -> float:
+        """The usual norm so far; NaN before the first."""
+        return math.nan if self._mean is None else _exp(self._mean)
+
     def settings(self) -> dict[str, Any]:
         """How the guard was built; the same on every rank."""
         return {"false_veto_rate": self.false_veto_rate, "patience": self.patience}

@@ -116,7 +116,11 @@ class Judging:
             attempt.plan = self._recovery.build_plan()
             attempt.digests = None
         attempt.vetoed = bool(attempt.vetoed) or (tally.veto > 0 and tally.no == 0)
-        self._panel.expect(steps=steps, learning_rate=attempt.learning_rate)
+        self._panel.expect(
+            steps=steps,
+            learning_rate=attempt.learning_rate,
+            effective_step=None if attempt.vetoed else attempt.signals.values.get("effective_step"),
+        )
         if not attempt.vetoed:
             # Overflowed gradients were not stepped with, so their norm says nothing about what is measured here.
             return self._decide(attempt, tally, error, None if attempt.overflow else attempt.norm)

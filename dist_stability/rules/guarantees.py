@@ -87,7 +87,7 @@ class Guarantees:
             self._highest = measurement if self._highest is None else max(self._highest, measurement)
 
     def rebased(self, difference: float) -> None:
-        """The yardstick moved: equal weights measure ``difference`` more now. What was committed counts as much more."""
+        """Equal weights measure ``difference`` more now: what was committed counts as that much more, too."""
         if self._highest is not None and difference > 0 and math.isfinite(difference):
             self._highest += difference
 

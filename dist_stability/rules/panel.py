@@ -52,6 +52,30 @@ class Trend(Protocol):
         ...
 
 
+class Collapse(Protocol):
+    """Watches the effective step, mean |update| / learning rate, for a collapse that the probe cannot see."""
+
+    def judge(self, effective_step: float | None) -> str | None:
+        """Why the step must be refused, or None; changes no state."""
+        ...
+
+    def commit(self, effective_step: float | None) -> None:
+        """The step stands."""
+        ...
+
+    def reject(self, effective_step: float | None) -> None:
+        """The step was refused."""
+        ...
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything the next judgement depends on; JSON-able."""
+        ...
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take back what ``state_dict`` returned."""
+        ...
+
+
 class Panel:
     """Asks the parts in the right order. Pure numbers, no collectives; the same answers on every rank.
 
@@ -59,14 +83,19 @@ class Panel:
         rule: Judges the probe.
         confirmed: Whether there is a second probe; it is judged by a fresh copy of the rule.
         trend: Told of every committed measurement, or None.
+        collapse: Judges the effective step, where it is measured; or None.
     """
 
-    def __init__(self, rule: Rule, confirmed: bool = False, trend: Trend | None = None) -> None:
+    def __init__(
+        self, rule: Rule, confirmed: bool = False, trend: Trend | None = None, collapse: Collapse | None = None
+    ) -> None:
         """Nothing is measured yet."""
         self.rule = rule
         self.second: Rule | None = copy.deepcopy(rule) if confirmed else None
         self.trend = trend
+        self.collapse = collapse
         self._steps = 1
+        self._effective_step: float | None = None
 
     @property
     def _rules(self) -> tuple[Rule, ...]:
@@ -91,9 +120,15 @@ class Panel:
         if self.trend is not None:
             self.trend.commit(measurement)
 
-    def expect(self, *, steps: int, learning_rate: float | None) -> None:
-        """See :class:`ExpectingRule`; rules that cannot take it are not told."""
-        self._steps = steps
+    def expect(self, *, steps: int, learning_rate: float | None, effective_step: float | None = None) -> None:
+        """See :class:`ExpectingRule`; rules that cannot take it are not told.
+
+        Args:
+            steps: Optimizer steps in the next proposal.
+            learning_rate: Announced.
+            effective_step: Of the last of these steps; None where it is not measured.
+        """
+        self._steps, self._effective_step = steps, effective_step
         for rule in self._rules:
             if isinstance(rule, ExpectingRule):
                 rule.expect(steps=steps, learning_rate=learning_rate)
@@ -101,6 +136,10 @@ class Panel:
     def judge(self, measurement: float, second: float | None = None, norm: float | None = None) -> Judgement:
         """The rule's judgement; a refusal that the second probe does not share is none. Changes no state."""
         first = self.rule.judge(measurement, norm)
+        if first.accepted and self.collapse is not None:
+            collapsed = self.collapse.judge(self._effective_step)
+            if collapsed is not None:
+                return replace(first, accepted=False, bound=-math.inf, reason=collapsed, evidence=math.inf)
         if first.accepted or self.second is None or second is None or not math.isfinite(measurement):
             return first
         other = self.second.judge(second, norm)
@@ -112,6 +151,8 @@ class Panel:
 
     def commit(self, measurement: float, second: float | None = None, norm: float | None = None) -> str | None:
         """A proposal stands: learn from it. A one-line reason if the trend alarms."""
+        if self.collapse is not None:
+            self.collapse.commit(self._effective_step)
         self.rule.commit(measurement, norm)
         if self.second is not None and second is not None:
             self.second.commit(second, norm)
@@ -119,6 +160,8 @@ class Panel:
 
     def reject(self, measurement: float, second: float | None = None, norm: float | None = None) -> None:
         """A refusal was carried out: count it."""
+        if self.collapse is not None:
+            self.collapse.reject(self._effective_step)
         self.rule.reject(measurement, norm)
         if self.second is not None and second is not None:
             self.second.reject(second, norm)
@@ -159,6 +202,7 @@ class Panel:
             "rule": self.rule.state_dict(),
             "second": None if self.second is None else self.second.state_dict(),
             "trend": None if self.trend is None else self.trend.state_dict(),
+            "collapse": None if self.collapse is None else self.collapse.state_dict(),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -167,14 +211,14 @@ class Panel:
         Raises:
             ValueError: The checkpoint has other parts than this controller.
         """
-        for name, part in (("second", self.second), ("trend", self.trend)):
+        parts = (("second", self.second), ("trend", self.trend), ("collapse", self.collapse))
+        for name, part in parts:
             if (state[name] is None) != (part is None):
                 has, lacks = ("", "no ") if part is None else ("no ", "")
                 raise ValueError(
                     f"{name}: the checkpoint has {has}state of it, and this controller has {lacks}such part"
                 )
         self.rule.load_state_dict(state["rule"])
-        if self.second is not None:
-            self.second.load_state_dict(state["second"])
-        if self.trend is not None:
-            self.trend.load_state_dict(state["trend"])
+        for name, part in parts:
+            if part is not None:
+                part.load_state_dict(state[name])

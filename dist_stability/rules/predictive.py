@@ -50,7 +50,7 @@ CNN, and refused from then on. With the constants as they are: no refusal in 16,
 none in 9,600 steps of runs whose learning rate was announced to rise 10 or 50 times at once (rule of the notes: 11).
 
 What it cannot see: a second moment multiplied by 10,000 all but stops Adam and raises nothing; up to 0.03 nats of
-progress were lost within 40 steps.
+progress were lost within 40 steps. The effective step shows it (``UpdateRatio`` among the controller's signals).
 
 The bound of the controller paper (Proposition 7.5) holds with the rule's own bound: ``p <= l``, and ``l`` never
 exceeds the highest committed measurement M. By induction over commits: ``l' = p + 0.8 max(y - p, -4 s)`` lies between p
