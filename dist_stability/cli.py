@@ -54,6 +54,7 @@ def _bench(options: argparse.Namespace) -> int:
             parts=options.parts,
             workers=options.workers,
             arms=options.arms,
+            tasks=options.tasks,
         )
     except (MissingExtra, ValueError) as error:
         return _failed(error)
@@ -124,6 +125,7 @@ def _parser() -> argparse.ArgumentParser:
         "--workers", type=int, default=os.cpu_count() or 1, metavar="N", help="processes; default: cores"
     )
     bench.add_argument("--arms", nargs="+", metavar="RULE", help="of the closed loop; default: all, which takes hours")
+    bench.add_argument("--tasks", nargs="+", metavar="TASK", help="of the closed loop; default: all")
     bench.set_defaults(run=_bench)
 
     report = commands.add_parser("report", help="figures and one page for a run, or for a folder of runs")

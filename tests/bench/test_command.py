@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-import sys
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 
@@ -111,19 +109,12 @@ class TestClosedLoop:
             progress(1, 1)
             return [cell(arm, 0.01) for arm in arms]
 
-        fakes = {
-            "cells": {"fault_cells": lambda seeds: [("cell", seed) for seed in seeds]},
-            "closed_loop": {"run": run},
-        }
-        for name, content in fakes.items():
-            module = ModuleType(name)
-            vars(module).update(content)
-            monkeypatch.setitem(sys.modules, f"dist_stability.bench.detection.{name}", module)
-            monkeypatch.setattr(f"dist_stability.bench.detection.{name}", module, raising=False)
+        monkeypatch.setattr("dist_stability.bench.detection.closed_loop.run", run)
         known = {"rules": {"holt, tuned": {"threshold": 9.0}, "olmo-loss on the probe, tuned": {"threshold": 4.0}}}
         setup = parts.Setup(tmp_path, parts.FULL, (0,), (100, 101), 1)
         summary = parts.PARTS["closed-loop"](setup, known)["closed_loop"]
-        assert asked["cells"] == [("cell", 100), ("cell", 101)] and asked["out"] == tmp_path
+        assert {each.seed for each in asked["cells"]} == {100, 101} and asked["out"] == tmp_path
+        assert len({each.task.name for each in asked["cells"]}) > 4
         assert set(summary) == set(asked["arms"]) >= {"none", "perfect", "predictive", "holt"}
         assert asked["arms"]["none"] is None and asked["arms"]["perfect"] is None
         assert asked["arms"]["holt"]().threshold == 9.0
@@ -131,6 +122,11 @@ class TestClosedLoop:
         assert asked["arms"]["metaseq on the probe"]().threshold == 1.25  # nothing tuned: as it comes
         some = parts.Setup(tmp_path, parts.FULL, (0,), (100,), 1, ("none", "holt"))
         assert list(parts.PARTS["closed-loop"](some, known)["closed_loop"]) == ["none", "holt"] == list(asked["arms"])
+        few = parts.Setup(tmp_path, parts.FULL, (0,), (100,), 1, ("none",), ("english", "cnnA"))
+        parts.PARTS["closed-loop"](few, known)
+        assert {each.task.name for each in asked["cells"]} == {"english", "cnnA"}
+        with pytest.raises(ValueError, match=r"--tasks must be some of phrase, english, .*; got german"):
+            parts.PARTS["closed-loop"](parts.Setup(tmp_path, parts.FULL, (0,), (100,), 1, None, ("german",)), known)
         with pytest.raises(ValueError, match=r"--arms must be some of none, perfect, predictive, .*; got hold"):
             parts.PARTS["closed-loop"](parts.Setup(tmp_path, parts.FULL, (0,), (100,), 1, ("hold",)), known)
 

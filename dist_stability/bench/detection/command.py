@@ -20,6 +20,7 @@ def bench(
     parts: Sequence[str] = tuple(PARTS),
     workers: int = 2,
     arms: Sequence[str] | None = None,
+    tasks: Sequence[str] | None = None,
 ) -> dict[str, Any]:
     """Run some parts and write ``summary.json``, ``tables.md``, ``roc.png`` and ``report.html``.
 
@@ -34,6 +35,7 @@ def bench(
         parts: Some of :data:`PARTS`.
         workers: Processes.
         arms: Names of the arms of the closed loop; default all, which takes hours.
+        tasks: Names of the tasks of the closed loop; default all.
 
     Returns:
         The summary.
@@ -55,6 +57,7 @@ def bench(
         tuple(range(REPORTING, REPORTING + seeds)),
         workers,
         None if arms is None else tuple(arms),
+        None if tasks is None else tuple(tasks),
     )
     before = read_json(path) if path.is_file() else {}
     # A part is only kept beside the others if it was made with the same seeds and extent.

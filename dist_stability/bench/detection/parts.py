@@ -77,7 +77,10 @@ QUICK = Extent(
 
 @dataclass(frozen=True)
 class Setup:
-    """One call of the benchmark: where, how much, with which seeds, processes and arms of the closed loop (or all)."""
+    """One call of the benchmark: where, how much, with which seeds and processes.
+
+    ``arms`` and ``tasks`` are names of the closed loop; None for all.
+    """
 
     out: Path
     extent: Extent
@@ -85,6 +88,7 @@ class Setup:
     reporting: tuple[int, ...]
     workers: int
     arms: tuple[str, ...] | None = None
+    tasks: tuple[str, ...] | None = None
 
     def plans(self, seeds: Sequence[int]) -> list[Plan]:
         """The recordings of some seeds."""
@@ -241,6 +245,10 @@ def _closed_loop(setup: Setup, summary: dict[str, Any]) -> dict[str, Any]:
     from dist_stability.bench.detection import cells, closed_loop
 
     chosen = list(cells.fault_cells(setup.reporting))
+    tasks = list(dict.fromkeys(cell.task.name for cell in chosen))
+    if unknown := set(setup.tasks or ()) - set(tasks):
+        raise ValueError(f"--tasks must be some of {', '.join(tasks)}; got {', '.join(sorted(unknown))}")
+    chosen = [cell for cell in chosen if cell.task.name in (setup.tasks or tasks)]
     if setup.extent is QUICK:
         chosen = chosen[:1]
     every = _arms(summary)
