@@ -332,6 +332,7 @@ class Ladder:
             **{name: getattr(self, f"_{name}") for name in _NUMBERS},
             "in_a_row": self.in_a_row,
             "total": self.total,
+            "stopped": self.stopped,
             "recent": [dict(entry) for entry in self._recent],
             "refusals": [*self._refusals],
             "cuts": [*self._cuts],
@@ -365,7 +366,7 @@ class Ladder:
         self._episode = Counter(state["episode"])
         self._order = deque(state["batches"])
         self._batches = Counter(self._order)
-        if self.in_a_row >= self.settings.max_refusals_in_row or self._window_spent():
+        if state["stopped"]:
             self.in_a_row = self._quiet = 0
             self._refusals.clear()
 

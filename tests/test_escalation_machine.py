@@ -63,6 +63,7 @@ class AnyVerdicts(RuleBasedStateMachine):
         self.cuts_in_force = 0
         self.since_cut = 0
         self.ended = False
+        self.since = 0
 
     # ------------------------------------------------------------------ what may happen
 
@@ -128,9 +129,9 @@ class AnyVerdicts(RuleBasedStateMachine):
     @precondition(lambda self: self.ended)
     @rule()
     def start_again_from_a_checkpoint(self) -> None:
-        """A run that had stopped may try again; what it had spent stays spent."""
+        """A run that had stopped may try again with a new budget of refusals; the other budgets stay spent."""
         self.ladder = self.loaded()
-        self.ended = False
+        self.ended, self.in_a_row, self.since = False, 0, self.attempt
 
     # ------------------------------------------------------------------ what must hold
 
@@ -164,7 +165,10 @@ class AnyVerdicts(RuleBasedStateMachine):
         """The answer against the record so far, which does not have it yet."""
         limits, rung = self.settings, answer.rung
         recent = [past for attempt, past in self.answers if attempt > refusal.attempt - limits.window] + [answer]
-        spent = self.in_a_row >= limits.max_refusals_in_row or len(recent) >= limits.max_refusals_in_window
+        since = [
+            past for attempt, past in self.answers if attempt >= max(self.since, refusal.attempt - limits.window + 1)
+        ]
+        spent = self.in_a_row >= limits.max_refusals_in_row or len(since) + 1 >= limits.max_refusals_in_window
         assert (rung is Rung.STOP) == spent, "it stops exactly when a budget is spent"
         assert sum(past.deep for past in recent) <= limits.max_deep
         assert sum(past.rung is Rung.CUT_LR for past in recent) <= limits.max_cuts

@@ -11,8 +11,18 @@ from typing import Any
 import pytest
 import torch
 
-from dist_stability.bench.detection import closed_loop, closed_runs
-from dist_stability.bench.detection.cells import CLEAN, FAULTS, MAIN_TASKS, Cell, ClosedFault, ClosedTask, fault_cells
+from dist_stability.bench.detection import closed_loop, closed_runs, tables
+from dist_stability.bench.detection.cells import (
+    CLEAN,
+    FAULTS,
+    MAIN_TASKS,
+    Cell,
+    ClosedFault,
+    ClosedTask,
+    announces_jump,
+    clean_cells,
+    fault_cells,
+)
 from dist_stability.bench.detection.closed_tasks import Training, factor
 from dist_stability.rules import FixedInnovation, PredictiveInnovation, Rule
 from dist_stability.verdict import Judgement
@@ -83,6 +93,26 @@ class TestArms:
         short = ClosedFault("clean", "clean", start=0, length=0, lasting=True, tail=20)
         row = results(tmp_path, short, arms={"never": refuses_everything})["clean", "never"]
         assert row["extra_refused"] == 20 and row["fault_attempts"] == 0
+
+    def test_clean_runs_are_counted_by_schedule(self) -> None:
+        row = {"arm": "rule", "task": "cnnA-cosine", "extra_refused": 2, "false_warnings": 1, "regret": 0.25}
+        jump = {**row, "task": "cnnA-jump10", "extra_refused": 3, "regret": -1.0}
+        summary = tables.summarize_clean([row, row, jump, {**row, "arm": "perfect"}], 400, announces_jump)
+        assert summary == {
+            "rule": {
+                "smooth_steps": 800,
+                "smooth_refusals": 4,
+                "jump_steps": 400,
+                "jump_refusals": 3,
+                "warnings": 3,
+                "worst": 0.25,
+            }
+        }
+        head, rows = tables.clean_table(summary)
+        assert len(head) == len(rows[0])
+        every = list(clean_cells([7]))
+        assert len({cell.task.name for cell in every}) == len(every) == 20
+        assert sum(announces_jump(cell.task.name) for cell in every) == 8
 
 
 class TestFaults:

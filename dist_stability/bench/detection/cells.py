@@ -10,7 +10,7 @@ attempts the fault acts in.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 TUNING_SEEDS = range(0, 100)
 """Seeds the rules were tuned on. Anything reported uses seeds >= 100."""
@@ -174,3 +174,17 @@ def fault_cells(seeds: Iterable[int]) -> Iterator[Cell]:
     for tasks, faults in ((MAIN_TASKS, FAULTS), (VARIANT_TASKS, VARIANT_FAULTS)):
         for task in tasks:
             yield from (Cell(task, fault, seed) for seed in seeds for fault in faults)
+
+
+def clean_cells(seeds: Iterable[int]) -> Iterator[Cell]:
+    """Every main task on every schedule, without a fault."""
+    seeds = list(seeds)
+    for task in MAIN_TASKS:
+        for schedule in SCHEDULES:
+            named = replace(task, name=f"{task.name}-{schedule}", schedule=schedule)
+            yield from (Cell(named, CLEAN, seed) for seed in seeds)
+
+
+def announces_jump(task: str) -> bool:
+    """Whether a clean cell's task, by name, raises its learning rate at once."""
+    return "-jump" in task

@@ -34,6 +34,7 @@ def write_pages(out: Path, summary: dict[str, Any]) -> None:
         sections.append(("The BLOOM-176B trace", text, tables.bloom_table(summary["bloom"])))
     if "closed_loop" in summary:
         sections.append(("Closed loop", "", tables.closed_loop_table(summary["closed_loop"])))
+        sections.append(("Closed loop without a fault", "", tables.clean_table(summary["closed_loop_clean"])))
     title = "Detection: which rule sees a bad update" + (
         " (quick run: no figure here means anything)" * summary["quick"]
     )

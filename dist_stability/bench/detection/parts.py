@@ -244,7 +244,7 @@ def _settings(summary: dict[str, Any]) -> list[tuple[str, Contestant, float | No
 def _closed_loop(setup: Setup, summary: dict[str, Any]) -> dict[str, Any]:
     from dist_stability.bench.detection import cells, closed_loop
 
-    chosen = list(cells.fault_cells(setup.reporting))
+    chosen = [*cells.fault_cells(setup.reporting), *cells.clean_cells(setup.reporting)]
     tasks = list(dict.fromkeys(cell.task.name for cell in chosen))
     if unknown := set(setup.tasks or ()) - set(tasks):
         raise ValueError(f"--tasks must be some of {', '.join(tasks)}; got {', '.join(sorted(unknown))}")
@@ -264,7 +264,12 @@ def _closed_loop(setup: Setup, summary: dict[str, Any]) -> dict[str, Any]:
             workers=setup.workers,
             progress=lambda done, total: progress.advance(done),
         )
-    return {"closed_loop": tables.summarize_closed_loop(rows)}
+    clean = [row for row in rows if row["fault"] == cells.CLEAN.name]
+    faults = [row for row in rows if row["fault"] != cells.CLEAN.name]
+    return {
+        "closed_loop": tables.summarize_closed_loop(faults),
+        "closed_loop_clean": tables.summarize_clean(clean, cells.CLEAN.end, cells.announces_jump),
+    }
 
 
 def _arms(summary: dict[str, Any]) -> dict[str, Callable[[], Rule] | None]:

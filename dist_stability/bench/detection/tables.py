@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from statistics import median
 from typing import Any
 
@@ -124,6 +124,47 @@ def summarize_closed_loop(rows: Sequence[Mapping[str, Any]]) -> dict[str, dict[s
             "warned": sum(cell["warned"] is not None and cell["warned"] is not False for cell in cells),
         }
     return summary
+
+
+def summarize_clean(
+    rows: Sequence[Mapping[str, Any]], steps: int, announces_jump: Callable[[str], bool]
+) -> dict[str, dict[str, Any]]:
+    """What each guarded arm did in runs without a fault.
+
+    Args:
+        rows: As for :func:`summarize_closed_loop`; regret is the change of the final loss.
+        steps: Attempts of each run.
+        announces_jump: Whether a task, by name, raises its learning rate at once, and says so.
+    """
+    summary: dict[str, dict[str, Any]] = {}
+    for arm in dict.fromkeys(row["arm"] for row in rows):
+        if arm in ("none", "perfect"):
+            continue
+        mine = [row for row in rows if row["arm"] == arm]
+        smooth = [row for row in mine if not announces_jump(row["task"])]
+        jumps = [row for row in mine if announces_jump(row["task"])]
+        summary[arm] = {
+            "smooth_steps": steps * len(smooth),
+            "smooth_refusals": sum(row["extra_refused"] for row in smooth),
+            "jump_steps": steps * len(jumps),
+            "jump_refusals": sum(row["extra_refused"] for row in jumps),
+            "warnings": sum(row.get("false_warnings", 0) for row in mine),
+            "worst": max(row["regret"] for row in mine),
+        }
+    return summary
+
+
+def clean_table(summary: Mapping[str, Mapping[str, Any]]) -> Table:
+    """Clean runs in closed loop, one row per arm."""
+    head = ["arm", "smooth steps", "refused", "steps with an announced jump", "refused", "warnings", "worst change"]
+    rows = [
+        [
+            *(arm, row["smooth_steps"], row["smooth_refusals"], row["jump_steps"], row["jump_refusals"]),
+            *(row["warnings"], _short(row["worst"], 3)),
+        ]
+        for arm, row in summary.items()
+    ]
+    return head, rows
 
 
 def closed_loop_table(summary: Mapping[str, Mapping[str, Any]]) -> Table:
