@@ -23,6 +23,10 @@ from dist_stability.rules.base import (
 from dist_stability.verdict import Judgement
 
 
+_NEW_LEVEL = 2.0
+"""An announced learning rate this many times the one before takes the measurement to another level."""
+
+
 class Trend(Protocol):
     """Watches committed measurements for a slow divergence, which no single step shows."""
 
@@ -96,6 +100,7 @@ class Panel:
         self.collapse = collapse
         self._steps = 1
         self._effective_step: float | None = None
+        self._rate: float | None = None
 
     @property
     def _rules(self) -> tuple[Rule, ...]:
@@ -129,6 +134,10 @@ class Panel:
             effective_step: Of the last of these steps; None where it is not measured.
         """
         self._steps, self._effective_step = steps, effective_step
+        if learning_rate is not None:
+            before, self._rate = self._rate, learning_rate
+            if self.trend is not None and before is not None and learning_rate >= _NEW_LEVEL * before:
+                self.trend.restart()  # the measurement will settle on another level: an announced rise is no divergence
         for rule in self._rules:
             if isinstance(rule, ExpectingRule):
                 rule.expect(steps=steps, learning_rate=learning_rate)

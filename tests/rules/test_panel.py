@@ -103,6 +103,15 @@ def test_the_trend_hears_of_commits_only_and_starts_again_elsewhere() -> None:
     assert trend.restarts == 2
 
 
+def test_an_announced_jump_of_the_learning_rate_is_no_divergence() -> None:
+    trend = Alarm()
+    panel = Panel(Recorder(), trend=trend)
+    panel.start(5.0)
+    for rate, restarts in ((0.1, 0), (None, 0), (0.15, 0), (0.3, 1), (0.1, 1), (None, 1), (1.0, 2)):
+        panel.expect(steps=1, learning_rate=rate)
+        assert trend.restarts == restarts, rate
+
+
 def test_rules_that_know_less_are_asked_less() -> None:
     panel = Panel(FixedInnovation(1.0, 0.5))
     panel.start(5.0)
