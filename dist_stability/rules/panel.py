@@ -22,7 +22,6 @@ from dist_stability.rules.base import (
 )
 from dist_stability.verdict import Judgement
 
-
 _NEW_LEVEL = 2.0
 """An announced learning rate this many times the one before takes the measurement to another level."""
 
