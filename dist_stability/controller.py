@@ -43,7 +43,7 @@ from .learning_rate import RateCut, announced
 from .ledger import Ledger
 from .measuring import Measuring
 from .recovery import Recovery
-from .replay import BatchWindow, Replay
+from .replay import Replay
 from .rules import Guarantees, PredictiveInnovation, Rule, settings_of
 from .rules.panel import Panel, Trend
 from .rules.trend import SlowDivergence
@@ -55,6 +55,7 @@ from .verdict import Action, Verdict
 from .veto import VetoStage
 from .vote import bits
 from .watch import is_transport_error
+from .window import BatchWindow
 
 _DEFAULT_TREND: Any = object()
 

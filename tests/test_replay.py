@@ -20,8 +20,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dist_stability import Verdict
-from dist_stability.replay import BatchWindow, KeptBatch, Replay, ReplayQueue, Settled, digest
+from dist_stability.replay import Replay, ReplayQueue, Settled
 from dist_stability.verdict import Action
+from dist_stability.window import BatchWindow, KeptBatch, digest
 
 PLENTY = 1 << 20
 
