@@ -8,10 +8,10 @@ the state it had. Start with :class:`StabilityController`.
 from .cadence import AdaptiveCadence
 from .controller import StabilityController
 from .errors import LockstepError, SnapshotError, StabilityError, StabilityStop
-from .escalation import Escalation
 from .guards import GradientNormGuard, NonFiniteGuard
 from .rules import FixedInnovation, PredictiveInnovation
 from .rules.trend import SlowDivergence
+from .rungs import Escalation
 from .signals import LossProbe
 from .verdict import Action, Judgement, Verdict
 

@@ -35,7 +35,7 @@ from .attempt import Attempt, Decision, PhaseListener, Phases, event_of, one_lin
 from .cadence import Cadence, FixedCadence
 from .collapse import StepCollapse
 from .errors import LockstepError, StabilityError, StabilityStop
-from .escalation import Escalation, Ladder, Rung
+from .escalation import Ladder
 from .guards import Guard
 from .hooks import FirstForward, OptimizerHooks
 from .judging import Judging
@@ -47,6 +47,7 @@ from .replay import Replay
 from .rules import Guarantees, PredictiveInnovation, Rule, settings_of
 from .rules.panel import Panel, Trend
 from .rules.trend import SlowDivergence
+from .rungs import Escalation, Rung
 from .settlement import Outcome, Settlement
 from .signals import Gradients, LossProbe, Monitor, Signal, SignalValues, StepContext, UpdateRatio, host_values
 from .startup import agree_on_replicas, agree_on_settings, make_vote, world_of

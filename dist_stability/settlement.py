@@ -15,12 +15,13 @@ import torch
 from . import parallel
 from .attempt import Attempt, Decision
 from .errors import StabilityError
-from .escalation import Ladder, Refusal, Response, Rung
+from .escalation import Ladder
 from .judging import Judging
 from .ledger import Ledger
 from .recovery import Recovery
 from .rules import Guarantees
 from .rules.panel import Panel
+from .rungs import Refusal, Response, Rung
 from .verdict import Action, Judgement
 from .veto import VetoStage
 from .vote import Vote

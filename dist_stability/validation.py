@@ -10,8 +10,8 @@ from torch import nn
 from torch.optim import Optimizer
 
 from .cadence import Cadence
-from .escalation import Escalation
 from .rules import Rule
+from .rungs import Escalation
 from .signals import LossProbe
 
 MODES = ("enforce", "observe")

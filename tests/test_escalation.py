@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 
 from dist_stability import Escalation
-from dist_stability.escalation import ADVICE, Ladder, Pattern, Refusal, Response, Rung
+from dist_stability.escalation import Ladder
+from dist_stability.rungs import ADVICE, Pattern, Refusal, Response, Rung
 
 LOUD = {"signal": "gradient"}
 

@@ -14,7 +14,8 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from dist_stability.escalation import Escalation, Ladder, Pattern, Refusal, Response, Rung
+from dist_stability.escalation import Ladder
+from dist_stability.rungs import Escalation, Pattern, Refusal, Response, Rung
 
 SETTINGS = st.builds(
     Escalation,
