@@ -32,7 +32,8 @@ Every part is there for a failure it fixed in closed loop (reject = restore, nex
   the sum, in the scale of before the rise. Near the end of training the ripple of momentum is no random walk, hence the
   floor of 1 % of the descent;
 * the envelope above the best: without it the guarantee grows with every step. A quarter of all descent so far may be
-  lost, no more. That is room for the slow rise of a run that overfits; one that loses a quarter of what it gained on
+  lost, no more (y_min is the lowest value that the level has followed: hung on a single outlier, it locked out on heavy
+  tails). That is room for the slow rise of a run that overfits; one that loses a quarter of what it gained on
   held-out data is refused, and should be stopped. A run that has not descended by far more than its noise has no such
   envelope. Noise is judged by the scale of 32 commits ago and by ``s_falls``, learned from falls only: a larger noise
   has them, a drift has not, so that no drift can lift the envelope by inflating the scale;
