@@ -299,6 +299,7 @@ class Settlement:
             loaded = self._reload_state()
         if loaded is not None and (isinstance(loaded, bool) or not isinstance(loaded, int)):
             raise TypeError(f"reload: expected the attempt index of the state it loaded, or None, got {loaded!r}")
+        recorded = self._recovery.ring.safe.measurement
         self._recovery.adopt(attempt.index)
         measurement, second = self._judging.standing(attempt)
         if not math.isfinite(measurement):
@@ -308,6 +309,8 @@ class Settlement:
             )
         self._panel.rebase(measurement, second)
         self._recovery.ring.safe.measurement = measurement
+        # The rule's level has moved with the measurement; so has what it may be compared with.
+        self._guarantees.rebased(measurement - (measurement if recorded is None else recorded))
         self._guarantees.committed(measurement)
         undone = self._ledger.undo_after(-1 if loaded is None else loaded)
         reason = f"{outcome.reason}; the persisted state was loaded and measures {measurement:.6g}"

@@ -222,3 +222,16 @@ def test_the_envelope_is_checked_where_a_bound_counted() -> None:
     with pytest.raises(GuaranteeViolation, match="Envelope") as violated:
         guarantees.committed(5.6, fine, envelope=5.5)
     assert violated.value.guarantee == "Envelope" and violated.value.numbers["envelope"] == 5.5
+
+
+def test_a_moved_yardstick_moves_what_a_commit_is_compared_with() -> None:
+    guarantees = Guarantees()
+    guarantees.committed(5.0)
+    shifted = Judgement(True, innovation=0.5, bound=0.5, reason="")
+    with pytest.raises(GuaranteeViolation, match=r"Proposition 7\.5"):
+        guarantees.committed(8.5, shifted)
+    guarantees.rebased(3.0)
+    guarantees.committed(8.5, shifted)
+    for nothing in (-2.0, math.nan, math.inf):
+        guarantees.rebased(nothing)
+    assert guarantees.highest == 8.5
