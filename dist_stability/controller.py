@@ -49,7 +49,7 @@ from .rules.panel import Panel, Trend
 from .rules.trend import SlowDivergence
 from .rungs import Escalation, Rung
 from .settlement import Outcome, Settlement
-from .signals import Gradients, LossProbe, Monitor, Signal, SignalValues, StepContext, UpdateRatio, host_values
+from .signals import Gradients, LossProbe, Monitor, Signal, SignalValues, StepContext, host_values
 from .startup import agree_on_replicas, agree_on_settings, make_vote, world_of
 from .validation import check_not_fused_into_backward, check_optimizers, check_parts, check_scaler, check_settings
 from .verdict import Action, Verdict
@@ -81,8 +81,9 @@ class StabilityController:
         timeout: Seconds after which a wait for other ranks ends with :class:`LockstepError`.
         replica_check_every: Compare the bits of replicated state at every this many judged attempts; 0 never.
         signals: What else to measure and log at judged attempts, beside what is free: ``UpdateRms()``, ``GroupNorms()``
-            and others of :mod:`dist_stability.signals`. They ride in the vote. With ``UpdateRatio()`` a collapse of the
-            effective step is refused, too: an optimizer whose second moment is poisoned stands still and harms nothing.
+            and others of :mod:`dist_stability.signals`. They ride in the vote. A collapse of the effective step (free
+            with Adam, with ``UpdateRatio()`` for any optimizer) is refused, too: an optimizer whose second moment is
+            poisoned stands still and harms nothing.
         confirm: A second probe, disjoint from the first: a step is then refused only if both refuse it.
         trend: Watches committed measurements for slow divergence; None for not at all.
         escalation: When to do more about refusals than to skip, and when to stop.
@@ -146,8 +147,7 @@ class StabilityController:
         self._on_event = on_event
         self._ladder = Ladder(escalation)
         self._monitor = Monitor(signals)
-        watched = any(isinstance(signal, UpdateRatio) for signal in self._monitor.signals)
-        self._panel = Panel(rule, confirm is not None, trend, StepCollapse() if watched else None)
+        self._panel = Panel(rule, confirm is not None, trend, StepCollapse())
         self._guarantees = Guarantees()
         self._ledger = Ledger()
         self._phases = Phases(None)
@@ -222,7 +222,8 @@ class StabilityController:
             scaler: The GradScaler that scaled the loss. It is unscaled, stepped and **updated** here: do not call its
                 ``update()``.
             closure: Runs forward and backward; called once, with autograd on.
-            loss: Training loss of this step on this rank, for the log; what the closure returns if not given.
+            loss: Training loss of this step on this rank, not multiplied by a loss scale; what the closure returns if
+                not given. Logged, and evidence for the rule: a far outlying one lowers its bar.
 
         Returns:
             The verdict, equal on every rank.
@@ -605,6 +606,7 @@ class StabilityController:
             "use of batches()": int(self._replay is not None),
             "plan": self._recovery.plan.signature,
             "history of verdicts": self._ledger.history,
+            "loaded checkpoint": self._ledger.loaded,
         }
         if gradients.caller_norm is not None:
             fields["gradient norm"] = bits(gradients.caller_norm)

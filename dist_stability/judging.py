@@ -120,6 +120,7 @@ class Judging:
             steps=steps,
             learning_rate=attempt.learning_rate,
             effective_step=None if attempt.vetoed else attempt.signals.values.get("effective_step"),
+            training_loss=attempt.signals.values.get("training_loss"),
         )
         if not attempt.vetoed:
             # Overflowed gradients were not stepped with, so their norm says nothing about what is measured here.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -21,7 +22,9 @@ class Ledger:
         steps: Accepted optimizer steps.
         commits: Judged commits.
         judged: Judged attempts.
-        history: Digest of all verdicts so far: ranks that ever disagreed about one differ here for good.
+        history: Digest of all verdicts so far and the numbers they were taken in: ranks that ever disagreed about one
+            differ here for good.
+        loaded: Digest of the checkpoint that was loaded; 0 for none. Not saved.
         pending: Unjudged attempts accepted since the last judged commit.
         accepted: Accepted attempts newer than the oldest state that could be restored.
     """
@@ -31,6 +34,7 @@ class Ledger:
     commits: int = 0
     judged: int = 0
     history: int = 0
+    loaded: int = 0
     pending: list[int] = field(default_factory=list)
     accepted: list[int] = field(default_factory=list)
 
@@ -59,8 +63,8 @@ class Ledger:
     def close(self, verdict: Verdict, norm: float | None) -> None:
         """The current attempt is settled."""
         said = "" if norm is None else norm.hex()
-        entry = f"{self.history} {verdict.step} {verdict.action} {verdict.would} {said}"
-        self.history = int.from_bytes(hashlib.blake2b(entry.encode(), digest_size=8).digest(), "little")
+        numbers = f"{verdict.innovation!r} {verdict.bound!r}"
+        self.history = _digest(f"{self.history} {verdict.step} {verdict.action} {verdict.would} {said} {numbers}")
         self.attempt += 1
 
     def state_dict(self) -> dict[str, int]:
@@ -68,7 +72,16 @@ class Ledger:
         return {name: getattr(self, name) for name in _SAVED}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take over what a checkpoint kept; nothing can be taken back yet."""
+        """Take over what a checkpoint kept; nothing can be taken back yet.
+
+        Args:
+            state: The whole of the controller's checkpoint: ranks that loaded different ones are found out.
+        """
+        self.loaded = _digest(json.dumps(state, sort_keys=True, default=str))
         for name in _SAVED:
             setattr(self, name, int(state[name]))
         self.pending, self.accepted = [], []
+
+
+def _digest(text: str) -> int:
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little")

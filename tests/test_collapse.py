@@ -13,7 +13,7 @@ from zoo import Case
 
 from dist_stability.collapse import StepCollapse
 from dist_stability.parallel import local
-from dist_stability.signals import UpdateRatio
+from dist_stability.signals import Signal, UpdateRatio
 from dist_stability.testing import compare
 
 BAD = 20
@@ -58,7 +58,13 @@ def test_it_gives_in_to_what_lasts_and_resumes_exactly() -> None:
     assert [other.judge(step) for step in (0.01, 1e-4)] == [collapse.judge(step) for step in (0.01, 1e-4)]
 
 
-def poisoned(rank: int, world: int, mode: str, watched: bool) -> tuple[list[Any], list[str]]:
+class Silent(Signal):
+    """In the place of the free signal: measures nothing."""
+
+    name = "effective_step"
+
+
+def poisoned(rank: int, world: int, mode: str, signal: str) -> tuple[list[Any], list[str]]:
     """The second moment grows 10,000-fold just before a step; the twin never took that step."""
     case = Case(mode, optimizer="adamw-foreach", ranks=world, steps=30, draws=False)
     setup = zoo.build(case, rank, world)
@@ -70,21 +76,22 @@ def poisoned(rank: int, world: int, mode: str, watched: bool) -> tuple[list[Any]
                 local(state["exp_avg_sq"]).mul_(1e4)
 
     setup.optimizers[0].register_step_pre_hook(poison)
-    signals = (UpdateRatio(),) if watched else ()
+    signals = {"free": (), "weights": (UpdateRatio(),), "none": (Silent(),)}[signal]
     seen = zoo.train(case, rank, world, setup=setup, signals=signals, on_event=events.append)
     twin = zoo.train(case, rank, world, guarded=False, skip=frozenset({BAD}))
     refused = [(event["attempt"], event["rung"], event["reason"]) for event in events if event["rung"]]
     return refused, compare(seen.image, twin.image)
 
 
+@pytest.mark.parametrize("signal", ["free", "weights"])
 @pytest.mark.parametrize("mode", ["ddp", "fsdp2-uneven"])
-def test_a_poisoned_second_moment_is_refused_and_undone(two: harness.Pool, mode: str) -> None:
-    for refused, wrong in two.run(poisoned, mode, True):
+def test_a_poisoned_second_moment_is_refused_and_undone(two: harness.Pool, mode: str, signal: str) -> None:
+    for refused, wrong in two.run(poisoned, mode, signal):
         ((attempt, rung, reason),) = refused
         assert (attempt, rung) == (BAD, "skip") and "second moment may be poisoned" in reason
         assert wrong == []
 
 
 def test_without_the_signal_nobody_sees_it(two: harness.Pool) -> None:
-    for refused, wrong in two.run(poisoned, "ddp", False):
+    for refused, wrong in two.run(poisoned, "ddp", "none"):
         assert refused == [] and wrong, "otherwise the signal would be worth nothing"

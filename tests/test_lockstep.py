@@ -150,12 +150,18 @@ def disagree_about(about: str, rank: int, world: int, bad: int) -> None:
     setup = zoo.build(case, rank, world)
     with zoo.control(case, setup, timeout=20.0) as controller:
         for attempt in range(case.steps):
+            if attempt == 5 and about == "loaded checkpoint":
+                state = controller.state_dict()
+                state["panel"]["rule"]["level"] += 1e-9 * (rank == bad)
+                controller.load_state_dict(state)
             zoo.loss_fn(setup.model, zoo.fetch(case, setup, attempt)[0]).backward()
             norm: Any = None
             if attempt == 5 and about == "step" and rank == bad:
                 controller._ledger.attempt = 7  # as after a step() that the others did not call
             if attempt == 5 and about == "plan" and rank == bad:
                 setup.optimizers[0].add_param_group({"params": [torch.nn.Parameter(torch.ones(3))]})
+            if attempt == 4 and about == "history of verdicts" and rank == bad:
+                controller._panel.rule._learned.level += 1e-9  # judges alike, from other numbers
             if about == "gradient norm":
                 norm = 1.0 if attempt < 5 or rank != bad else 1.0 + 1e-15
             if about == "gradient norm, NaN":
@@ -163,7 +169,7 @@ def disagree_about(about: str, rank: int, world: int, bad: int) -> None:
             controller.step(grad_norm=norm)
 
 
-SUBJECTS = ["step", "plan", "gradient norm", "gradient norm, NaN"]
+SUBJECTS = ["step", "plan", "gradient norm", "gradient norm, NaN", "loaded checkpoint", "history of verdicts"]
 
 
 def test_disagreement_stops_every_rank_by_name(four: harness.Pool) -> None:

@@ -125,10 +125,10 @@ class Listening(FixedInnovation):
 
     def __init__(self) -> None:
         super().__init__(1e6, 1.0)
-        self.heard: list[tuple[int, float | None]] = []
+        self.heard: list[tuple[int, float | None, float | None]] = []
 
-    def expect(self, *, steps: int = 1, learning_rate: float | None = None) -> None:
-        self.heard.append((steps, learning_rate))
+    def expect(self, *, steps: int = 1, learning_rate: float | None = None, training_loss: float | None = None) -> None:
+        self.heard.append((steps, learning_rate, training_loss))
 
 
 def test_what_a_rule_is_told_to_expect() -> None:
@@ -144,11 +144,12 @@ def test_what_a_rule_is_told_to_expect() -> None:
             if attempt == 10:
                 controller.announce(0.5)
             loss_fn(model, torch.randn(8, 4)).backward()
-            controller.step()
+            controller.step(loss=None if attempt < 6 else float(attempt))
             optimizer.zero_grad()
             if attempt < 8:
                 scheduler.step()
-    assert rule.heard == [(2, 0.01), (2, 0.01), (2, 0.1), (2, 0.1), (2, None), (2, 0.5)]
+    rates = [0.01, 0.01, 0.1, 0.1, None, 0.5]
+    assert rule.heard == list(zip([2] * 6, rates, [None, None, None, 7.0, 9.0, 11.0], strict=True))
 
 
 # ---------------------------------------------------------------------- signals

@@ -60,15 +60,16 @@ class Rule(Protocol):
 
 @runtime_checkable
 class ExpectingRule(Rule, Protocol):
-    """A rule that knows what to expect of a larger learning rate, or of several steps at once."""
+    """A rule that knows what to expect of a larger learning rate, of several steps at once, or of an odd batch."""
 
-    def expect(self, *, steps: int = 1, learning_rate: float | None = None) -> None:
+    def expect(self, *, steps: int = 1, learning_rate: float | None = None, training_loss: float | None = None) -> None:
         """Say under which conditions the next proposal was made. Changes nothing that was learned.
 
         Args:
             steps: Optimizer steps since the last judged commit, >= 1.
             learning_rate: Largest *announced* learning rate over the parameter groups: one that a scheduler vouches
                 for. None when unknown: a learning rate that nobody announced may be the fault itself.
+            training_loss: Of the batch that the (last) step was made of, before the step; None when unknown.
         """
         ...
 

@@ -40,6 +40,7 @@ _NEW_LEVEL = 2.0  # times the learning rate of the past
 _NORM_GAIN = 0.3
 _NORM_SCALE_FLOOR = 0.2  # in units of log norm
 _NORM_CLIP = 3.0  # scales
+_LOSS_SCALE_FLOOR = 1e-2  # of the loss
 
 
 @dataclass(slots=True)
@@ -56,6 +57,8 @@ class Learned:
         rate: The announced learning rate that the spread was learned under; None before there was one.
         log_norm: mu_g, of the gradient norm; None before there was one.
         log_norm_spread: a_g.
+        loss: mu_L, of the training loss; None before there was one.
+        loss_spread: a_L.
         clock: Optimizer steps judged so far.
         moved: Sum of all rebasing so far.
         levels: Of the last 32 commits, oldest first: the level they found.
@@ -72,6 +75,8 @@ class Learned:
     rate: float | None = None
     log_norm: float | None = None
     log_norm_spread: float = 0.0
+    loss: float | None = None
+    loss_spread: float = 0.0
     clock: float = 0.0
     moved: float = 0.0
     levels: list[float] = field(default_factory=list)
@@ -97,7 +102,7 @@ class Learned:
             TypeError, ValueError: See :func:`checked_state`.
         """
         lists = ("levels", "scales", "times")
-        optional = ("rate", "log_norm")
+        optional = ("rate", "log_norm", "loss")
         numbers = tuple(name for name in cls.__slots__ if name not in (*lists, *optional))
         values = checked_state(
             rule,
@@ -206,6 +211,32 @@ class Learned:
         self.log_norm_spread += max(2 / (norms + 1), _SCALE_GAIN) * (abs(deviation) - self.log_norm_spread)
         self.log_norm = value if anew else self.log_norm + max(1 / norms, _NORM_GAIN) * deviation
 
+    def loss_score(self, loss: float, jump: float) -> float:
+        """Scales by which a training loss exceeds the usual one. Needs ``loss``.
+
+        Args:
+            loss: Finite.
+            jump: A learning rate that was raised by this factor may have raised the scatter as much.
+        """
+        assert self.loss is not None
+        return (loss - self.loss) / (self._loss_scale() * jump)
+
+    def learn_loss(self, loss: float, losses: int, anew: bool) -> None:
+        """Learn from the training loss of one committed step.
+
+        Args:
+            loss: Finite.
+            losses: Which loss this is, from 1.
+            anew: It is the new normal, whatever was before.
+        """
+        if self.loss is None:
+            self.loss = loss
+            return
+        clip = _NORM_CLIP * self._loss_scale() if losses > NORM_WARM_UP else math.inf
+        deviation = max(-clip, min(clip, loss - self.loss))
+        self.loss_spread += max(2 / (losses + 1), _SCALE_GAIN) * (abs(deviation) - self.loss_spread)
+        self.loss = loss if anew else self.loss + max(1 / losses, _NORM_GAIN) * deviation
+
     def shift(self, difference: float) -> None:
         """Move everything that is a measurement."""
         self.level += difference
@@ -216,6 +247,10 @@ class Learned:
 
     def _norm_scale(self) -> float:
         return max(_MEAN_ABS_TO_SIGMA * self.log_norm_spread, _NORM_SCALE_FLOOR)
+
+    def _loss_scale(self) -> float:
+        assert self.loss is not None
+        return max(_MEAN_ABS_TO_SIGMA * self.loss_spread, _LOSS_SCALE_FLOOR * abs(self.loss), _SMALLEST_SCALE)
 
     def _learn_rate(self, rate: float, gain: float) -> None:
         """Follow the announced learning rate with the memory of the scale.

@@ -124,13 +124,21 @@ class Panel:
         if self.trend is not None:
             self.trend.commit(measurement)
 
-    def expect(self, *, steps: int, learning_rate: float | None, effective_step: float | None = None) -> None:
+    def expect(
+        self,
+        *,
+        steps: int,
+        learning_rate: float | None,
+        effective_step: float | None = None,
+        training_loss: float | None = None,
+    ) -> None:
         """See :class:`ExpectingRule`; rules that cannot take it are not told.
 
         Args:
             steps: Optimizer steps in the next proposal.
             learning_rate: Announced.
             effective_step: Of the last of these steps; None where it is not measured.
+            training_loss: Of the last of these steps' batch; None where it is not known.
         """
         self._steps, self._effective_step = steps, effective_step
         if learning_rate is not None:
@@ -139,7 +147,7 @@ class Panel:
                 self.trend.restart()  # the measurement will settle on another level: an announced rise is no divergence
         for rule in self._rules:
             if isinstance(rule, ExpectingRule):
-                rule.expect(steps=steps, learning_rate=learning_rate)
+                rule.expect(steps=steps, learning_rate=learning_rate, training_loss=training_loss)
 
     def judge(self, measurement: float, second: float | None = None, norm: float | None = None) -> Judgement:
         """The rule's judgement; a refusal that the second probe does not share is none. Changes no state."""

@@ -6,10 +6,11 @@ Prediction ``p``, scale ``s`` and bar ``q`` come from committed values only::
     scale         s = max(1.2533 a, max(f (y0 - y_min), C max(0, -b)) / 6 + 1e-7 |l|) J sqrt(k)
     jump          J = max(1, announced learning rate / the one that a was learned under)
     evidence      x = max(0, (log (g / J) - mu_g) / max(1.2533 a_g, 0.2) - 3)    of the gradient norm g
+    batch         w = max(0, (L - mu_L) / (max(1.2533 a_L, 0.01 |mu_L|) J) - 6)  of the training loss L
     bar           q = c(nu) T_nu(1 - rate) sqrt(1 + 1 / min(n, 23))              Student t, nu = 2, 3, 4, 4, ...
     envelope      E = min over h of  l_h + max(1.5 q s_h J sqrt(steps since), 0.01 (y0 - y_min))   4 to 32 commits ago
                       and of         y_min + D (y0 - y_min), once that is more than 2 q max(s_falls, s_32) J
-    accept  iff   y and g finite  and  y - p <= min((q - x) s, E - p)  =  bound
+    accept  iff   y and g finite  and  y - p <= min((max(q - w, 1) - x) s, E - p)  =  bound
 
 Every part is there for a failure it fixed in closed loop (reject = restore, next batch):
 
@@ -27,6 +28,10 @@ Every part is there for a failure it fixed in closed loop (reject = restore, nex
   out of the moments. Evidence lowers the bar instead of deciding alone, since benign outliers of the norm are common.
   The mean of log g follows with gain 0.3: norms drift, and with the slow mean of the notes (1/16) a norm 300 times the
   usual one was missed in warm-up. It has patience, since a norm may change for good while the probe is harmless;
+* the training loss ``w``: a batch of wrong labels raises the probe by one to five scales at each step, within the bar,
+  and goes on doing so out of the moments after it is over. Its own loss is far outside, tens of scales. That is no
+  verdict, since a batch of another kind is no fault; but beside a rise of more than one scale it is refused. On the
+  clean recordings of the tuning seeds this refuses nothing (with 4 in the place of 6, or 2 in the place of 1, neither);
 * the envelope over horizons: label noise or a learning rate ten times too high lifts every commit by less than the bar.
   Over h steps a random walk spreads by sqrt(h), so the bar (1.5 of them: neighbouring steps are correlated) holds for
   the sum, in the scale of before the rise. Near the end of training the ripple of momentum is no random walk, hence the
@@ -50,8 +55,9 @@ committed. Updates reversed and ten times too long were committed once, at their
 CNN, and refused from then on. With the constants as they are: no refusal in 16,880 clean steps on smooth schedules and
 none in 9,600 steps of runs whose learning rate was announced to rise 10 or 50 times at once (rule of the notes: 11).
 
-What it cannot see: a second moment multiplied by 10,000 all but stops Adam and raises nothing; up to 0.03 nats of
-progress were lost within 40 steps. The effective step shows it (``UpdateRatio`` among the controller's signals).
+What it cannot see: a second moment multiplied by 10,000 all but stops Adam and raises nothing; up to 0.07 nats of
+progress were lost within 40 steps. The effective step shows it, which the controller watches beside this rule
+(``collapse``).
 
 The bound of the controller paper (Proposition 7.5) holds with the rule's own bound: ``p <= l``, and ``l`` never
 exceeds the highest committed measurement M. By induction over commits: ``l' = p + 0.8 max(y - p, -4 s)`` lies between p
@@ -74,6 +80,8 @@ from dist_stability.verdict import Judgement
 
 _SCALE_MEMORY = 23  # samples an exponential average of gain 1/12 is worth, 2 / gain - 1
 _NORM_FREE = 3.0  # scales of log norm that are no evidence at all
+_LOSS_FREE = 6.0  # scales of the training loss that are no evidence at all
+_LOSS_BAR = 1.0  # scales of the probe that even the most outlying training loss leaves
 _DRIFT_BARS = 1.5  # bars over a horizon: neighbouring innovations are correlated, and four horizons are looked at
 _RIPPLE = 1e-2  # of the descent: a rise over several commits that is no drift yet
 _NOISE_ROOM = 2.0  # bars of noise that the envelope above the best must leave, or there is none
@@ -90,9 +98,9 @@ class PredictiveInnovation:
 
     Affine-equivariant in the measurement (except for a relative floor of 1e-7 on the scale) and scale-free in the
     gradient norm, so the same settings serve any loss. Until three proposals were committed only finiteness is checked
-    and ``bound`` is +inf; the gradient norm is evidence from its ninth value on. ``bound`` falls with gradient evidence
-    (below zero when the evidence alone exceeds the bar, -inf for a norm that is not finite). A norm of exactly 0 is no
-    evidence and teaches nothing.
+    and ``bound`` is +inf; gradient norm and training loss count from their ninth value on. ``bound`` falls with
+    gradient evidence (below zero when the evidence alone exceeds the bar, -inf for a norm that is not finite) and with
+    an outlying training loss (to one scale). A norm of exactly 0 is no evidence and teaches nothing.
 
     A value that is not finite, a negative norm, or a measurement beyond 1e200 is refused. Committed all the same (in
     observe mode), such a measurement changes nothing, and such a norm is left out.
@@ -118,7 +126,7 @@ class PredictiveInnovation:
             false_reject_rate: Nominal tail probability of the Student-t bar, 1e-12 <= rate < 0.5. The default puts the
                 bar at 6.2 scales; the realised rate on real trajectories is far below it.
             gradient_patience: Refusals for gradient evidence in a row after which it is no evidence any more: the norm
-                has changed for good.
+                has changed for good. So many refusals of any kind for an outlying training loss: it is other data.
             materiality: A rise worth fewer than about this many steps of the current descent is not refused (C).
             drift: Fraction of the descent so far that may be lost above the best committed value (D); math.inf for
                 no such envelope.
@@ -165,12 +173,16 @@ class PredictiveInnovation:
         self._refused_broken = 0  # in a row because a number was not finite
         self._steps = 1  # of the next proposal
         self._rate: float | None = None  # announced for it
+        self._losses = 0
+        self._loss: float | None = None  # training loss of its batch
         self._since_deep = _COOL_DOWN  # commits since the last deep restore; the first one need not wait
         self._anchors = 0
 
-    def expect(self, *, steps: int = 1, learning_rate: float | None = None) -> None:
+    def expect(self, *, steps: int = 1, learning_rate: float | None = None, training_loss: float | None = None) -> None:
         """See :meth:`ExpectingRule.expect`."""
         self._steps = max(1, int(steps))
+        known = training_loss is not None and abs(training_loss) <= LARGEST
+        self._loss = float(training_loss) if known else None  # type: ignore[arg-type]
         known = learning_rate is not None and 0.0 < learning_rate < math.inf
         self._rate = float(learning_rate) if known else None  # type: ignore[arg-type]
 
@@ -216,9 +228,11 @@ class PredictiveInnovation:
         elif self._commits < WARM_UP:
             reason = f"only checked for being finite (commit {self._commits + 1} of {WARM_UP})"
         else:
+            bar = self._bar_for_batch()
             reason = (
                 f"innovation {innovation:+.4g} {'within' if accepted else 'above'} bound {bound:.4g} "
-                f"({innovation / self._scale():.3g} scales, bar {self._bar():.3g}"
+                f"({innovation / self._scale():.3g} scales, bar {bar:.3g}"
+                + (" after an outlying training loss" if bar < self._bar() else "")
                 + (f", gradient evidence {evidence:.3g}" if evidence else "")
                 + (f", {self._refused} refused before in a row" if self._refused else "")
                 + ")"
@@ -232,7 +246,7 @@ class PredictiveInnovation:
         measurement = float(measurement)
         if not _usable_measurement(measurement):
             return
-        anew = self._refused_loudly >= self.gradient_patience
+        anew, anew_loss = (count >= self.gradient_patience for count in (self._refused_loudly, self._refused))
         self._refused = self._refused_quietly = self._refused_loudly = self._refused_broken = 0
         if self._first is None:
             self._first, self._learned = measurement, Learned.start(measurement)
@@ -243,8 +257,11 @@ class PredictiveInnovation:
         if gradient_norm and _usable_norm(gradient_norm):
             self._norms += 1
             self._learned.learn_norm(float(gradient_norm), self._norms, jump, anew)
+        if self._loss is not None:
+            self._losses += 1
+            self._learned.learn_loss(self._loss, self._losses, anew_loss)
         self._since_deep += 1
-        self._steps, self._rate = 1, None
+        self._steps, self._rate, self._loss = 1, None, None
 
     def reject(self, measurement: float, gradient_norm: float | None = None) -> None:
         """Count a refusal; it may lead to a deep restore."""
@@ -279,6 +296,8 @@ class PredictiveInnovation:
         self._learned = learned
         if learned.log_norm is None:
             self._norms = 0  # the anchor is older than the first norm: learn its scale from the start
+        if learned.loss is None:
+            self._losses = 0
         self._recent = []
         self._refused = self._refused_quietly = self._refused_loudly = self._refused_broken = self._since_deep = 0
         self._anchors = _ANCHORS
@@ -316,7 +335,7 @@ class PredictiveInnovation:
         self._first, self._recent = state["first"], list(state["recent"])
         for name in _COUNTS:
             setattr(self, f"_{name}", state[name])
-        self._steps, self._rate, self._anchors = 1, None, 0
+        self._steps, self._rate, self._loss, self._anchors = 1, None, None, 0
 
     def __repr__(self) -> str:
         now = "nothing committed"
@@ -341,6 +360,16 @@ class PredictiveInnovation:
         freedom = min(4, max(2, self._commits - 1))
         return self._quantiles[freedom] * math.sqrt(1 + 1 / min(self._commits, _SCALE_MEMORY))
 
+    def _bar_for_batch(self) -> float:
+        """The bar, lowered by a training loss that is an outlier itself."""
+        bar, learned = self._bar(), self._learned
+        if self._loss is None or learned.loss is None or self._losses < NORM_WARM_UP:
+            return bar
+        if self._refused >= self.gradient_patience:
+            return bar
+        outlying = learned.loss_score(self._loss, learned.jump(self._rate)) - _LOSS_FREE
+        return max(bar - max(0.0, outlying), min(bar, _LOSS_BAR))
+
     def _evidence(self, gradient_norm: float | None) -> float:
         """How many scales the log gradient norm lies beyond what needs no explanation; +inf when it is no norm."""
         if not _usable_norm(gradient_norm):
@@ -358,7 +387,8 @@ class PredictiveInnovation:
             return math.inf
         if self._refused_loudly >= self.gradient_patience:
             evidence = 0.0
-        return min((self._bar() - evidence) * self._scale(), self.envelope - self._learned.prediction(self._steps))
+        step = (self._bar_for_batch() - evidence) * self._scale()
+        return min(step, self.envelope - self._learned.prediction(self._steps))
 
     def _refusals_after(self, measurement: float, gradient_norm: float | None) -> tuple[int, int, int]:
         """Refusals in a row with, without and for lack of evidence, once this one is counted."""
@@ -386,7 +416,7 @@ class PredictiveInnovation:
         self._learned.learn(measurement, self._commits, self._steps, self._rate, scale)
 
 
-_COUNTS = ("commits", "norms", "refused", "refused_quietly", "refused_loudly", "refused_broken", "since_deep")
+_COUNTS = ("commits", "norms", "losses", "refused", "refused_quietly", "refused_loudly", "refused_broken", "since_deep")
 """Attributes that are saved as they are, without their underscore."""
 
 

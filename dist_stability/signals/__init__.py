@@ -6,6 +6,7 @@ logged at every step and ride in the vote's all-reduce (:class:`Monitor`), or ar
 
 from .agreement import GradientAgreement, RankAgreement
 from .base import Signal, SignalValues, StepContext
+from .effective_step import EffectiveStep
 from .gradients import Gradients
 from .groups import GroupNorms, group_squares
 from .learning_rate import LearningRate
@@ -16,6 +17,7 @@ from .probe import LossProbe, Reading
 from .updates import UpdateRatio, UpdateRms
 
 __all__ = [
+    "EffectiveStep",
     "GradientAgreement",
     "Gradients",
     "GroupNorms",

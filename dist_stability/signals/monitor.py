@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from dist_stability.signals.base import Signal, SignalValues, StepContext
+from dist_stability.signals.effective_step import EffectiveStep
 from dist_stability.signals.gradients import Gradients
 from dist_stability.signals.learning_rate import LearningRate
 from dist_stability.signals.loss import TrainingLoss
@@ -42,7 +43,7 @@ class Monitor:
         Args:
             signals: In any order, the same one on every rank.
             free: Put those in front that cost nothing: :class:`LearningRate`, :class:`TrainingLoss`,
-                :class:`LossScale`, each unless ``signals`` has one of its name.
+                :class:`LossScale`, :class:`EffectiveStep`, each unless ``signals`` has one of its name.
 
         Raises:
             TypeError: Something is not a signal.
@@ -56,7 +57,7 @@ class Monitor:
         names = [signal.name for signal in chosen]
         if twice := sorted({name for name in names if names.count(name) > 1}):
             raise ValueError(f"signals: {', '.join(twice)} given more than once; give each signal once")
-        always = (LearningRate(), TrainingLoss(), LossScale()) if free else ()
+        always = (LearningRate(), TrainingLoss(), LossScale(), EffectiveStep()) if free else ()
         self.signals: tuple[Signal, ...] = (*(each for each in always if each.name not in names), *chosen)
         self.errors: dict[str, Exception] = {}
         self._widths: list[int] = []

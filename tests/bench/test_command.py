@@ -43,7 +43,7 @@ class TestQuickRun:
         assert {"predictive", "olmo-loss", "olmo-loss, tuned", "zclip", "holt", "norm guard"} <= set(summary["rules"])
         for rule in summary["rules"].values():
             assert set(rule) >= RULE_KEYS and set(rule["missed"]) >= {"mild", "moderate", "severe"}
-        assert summary["seeds"]["tuning"] == [0] and summary["seeds"]["reporting"] == [100]
+        assert summary["seeds"]["tuning"] == [0] and summary["seeds"]["reporting"] == [102]
         assert summary["quick"] is True and set(summary) >= {"noise", "bloom", "guard", "tuning", "roc"}
 
     def test_the_tables_have_every_rule(self, quick: Path) -> None:
@@ -83,7 +83,7 @@ class TestQuickRun:
         monkeypatch.setattr(parts.open_loop, "measure", measure)
         setup = parts.Setup(quick, parts.QUICK, (0,), (100,), 1)
         found = parts._replay_contestant(setup, "metaseq", 0)
-        assert seeds == {"tuned": {0}, "measured": {100}} and found["tuned"] is not None
+        assert seeds == {"tuned": {0}, "measured": {102}} and found["tuned"] is not None
         assert parts._replay_contestant(setup, "predictive", 0)["tuned"] is None  # it sets the budget
 
     def test_a_second_call_redoes_no_recording_and_keeps_the_other_parts(self, quick: Path) -> None:
@@ -146,7 +146,7 @@ class TestClosedLoop:
 class TestBadInput:
     @pytest.mark.parametrize("seeds", [0, 101])
     def test_seeds(self, tmp_path: Path, seeds: int) -> None:
-        with pytest.raises(ValueError, match="--seeds must be between 1 and 100, got"):
+        with pytest.raises(ValueError, match="--seeds must be between 1 and 102, got"):
             bench(tmp_path, seeds=seeds)
 
     def test_parts(self, tmp_path: Path) -> None:
@@ -155,7 +155,7 @@ class TestBadInput:
 
     def test_on_the_command_line(self, capsys: pytest.CaptureFixture[str]) -> None:
         assert main(["bench", "detection", "--seeds", "0"]) == 1
-        assert "--seeds must be between 1 and 100" in capsys.readouterr().err
+        assert "--seeds must be between 1 and 102" in capsys.readouterr().err
         with pytest.raises(SystemExit):
             main(["bench", "nothing"])
 

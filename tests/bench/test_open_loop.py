@@ -44,8 +44,9 @@ def cap(watches: str, **other) -> Contestant:
 
 
 def branch(kind: str, step: int, *, probe=(), loss=(), norm=(), damage=()) -> Branch:
-    length = max(len(probe), len(loss), len(norm), 3)
-    filled = [list(values) + [2.0] * (length - len(values)) for values in (probe, loss, norm)]
+    length = max(len(probe), len(loss) - 1, len(norm), 3)
+    lengths = (length, length + 1, length)  # the last loss is that of the batch after the last attempt
+    filled = [list(values) + [2.0] * (n - len(values)) for values, n in zip((probe, loss, norm), lengths, strict=True)]
     return Branch(
         kind, 1.0, step, Streams(filled[0], filled[1], filled[2], [0.1] * len(filled[0])), [*map(list, damage)]
     )
@@ -75,12 +76,18 @@ class TestReplay:
 
     def test_the_rule_hears_the_announced_rate_before_every_judgement(self) -> None:
         class Listening(Cap):
-            def expect(self, *, steps: int = 1, learning_rate: float | None = None) -> None:
-                self.diary.append(("expect", steps, learning_rate))
+            def expect(
+                self, *, steps: int = 1, learning_rate: float | None = None, training_loss: float | None = None
+            ) -> None:
+                self.diary.append(("expect", steps, learning_rate, training_loss))
 
         rule = Listening(5.0)
         open_loop.replay(clean(), Contestant("x", "probe", lambda _: rule), None)
-        assert [entry[2] for entry in rule.diary if entry[0] == "expect"] == [0.1, 0.2, 0.3, 0.4]
+        heard = [entry[2:] for entry in rule.diary if entry[0] == "expect"]
+        assert heard == list(zip([0.1, 0.2, 0.3, 0.4], clean().streams.loss[:-1], strict=True))
+        rule = Listening(5.0)
+        open_loop.replay(clean(), Contestant("x", "probe", lambda _: rule, sees_norm=False), None)
+        assert {entry[3] for entry in rule.diary if entry[0] == "expect"} == {None}, "the probe alone means alone"
         assert [entry[0] for entry in rule.diary[1:5]] == ["expect", "commit", "expect", "commit"]
 
 
@@ -229,8 +236,10 @@ class TestContestants:
 
     def test_the_rule_inside_hears_what_a_rule_is_told(self) -> None:
         class Listening(Cap):
-            def expect(self, *, steps: int = 1, learning_rate: float | None = None) -> None:
-                self.diary.append(("expect", steps, learning_rate))
+            def expect(
+                self, *, steps: int = 1, learning_rate: float | None = None, training_loss: float | None = None
+            ) -> None:
+                self.diary.append(("expect", steps, learning_rate, training_loss))
 
             def rebase(self, measurement: float) -> None:
                 self.diary.append(("rebase", measurement))
@@ -247,9 +256,9 @@ class TestContestants:
         ):
             rule = Listening(5.0)
             both = wrap(rule)
-            both.expect(steps=1, learning_rate=0.5)
+            both.expect(steps=1, learning_rate=0.5, training_loss=7.0)
             both.rebase(3.0)
-            assert rule.diary == [("expect", 1, 0.5), ("rebase", 3.0)]
+            assert rule.diary == [("expect", 1, 0.5, 7.0), ("rebase", 3.0)]
         assert Trend.restarts == 1  # its history was measured with another yardstick
 
     def test_a_warning_stops_nothing(self) -> None:

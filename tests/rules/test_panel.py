@@ -20,8 +20,8 @@ class Recorder(FixedInnovation):
         super().__init__(1.0, 0.5)
         self.told: list[tuple[Any, ...]] = []
 
-    def expect(self, *, steps: int = 1, learning_rate: float | None = None) -> None:
-        self.told.append(("expect", steps, learning_rate))
+    def expect(self, *, steps: int = 1, learning_rate: float | None = None, training_loss: float | None = None) -> None:
+        self.told.append(("expect", steps, learning_rate, training_loss))
 
     def rebase(self, measurement: float) -> None:
         self.told.append(("rebase", measurement))
@@ -75,14 +75,14 @@ def test_a_step_is_refused_only_if_both_probes_refuse_it() -> None:
 def test_each_probe_has_its_own_history() -> None:
     panel = Panel(Recorder(), confirmed=True)
     panel.start(5.0, 50.0)
-    panel.expect(steps=3, learning_rate=0.1)
+    panel.expect(steps=3, learning_rate=0.1, training_loss=7.0)
     panel.commit(4.0, 40.0, 2.0)
     panel.reject(9.0, 90.0, 3.0)
     panel.rebase(4.5, 45.0)
     assert isinstance(panel.rule, Recorder) and isinstance(panel.second, Recorder)
     assert panel.rule.told == [
         ("commit", 5.0, None),
-        ("expect", 3, 0.1),
+        ("expect", 3, 0.1, 7.0),
         ("commit", 4.0, 2.0),
         ("reject", 9.0, 3.0),
         ("rebase", 4.5),

@@ -27,6 +27,7 @@ class Reference:
         self.r = self.quiet = self.loud = self.broken = 0
         self.recent, self.since, self.anchors = [], 99, []
         self.lr, self.past, self.k, self.rate = None, [], 1, None
+        self.loss, self.mul, self.al, self.nl = None, None, 0.0, 0
 
     def scale(self) -> float:
         floor = max(1e-3 * (self.y0 - self.ymin), 8 * max(0.0, -self.b)) / 6
@@ -60,10 +61,14 @@ class Reference:
                 reach = max(1.5 * bar * s * self.jump() * math.sqrt(elapsed), 0.01 * (self.y0 - self.ymin))
                 highest = min(highest, level + reach)
         x = 0.0 if self.loud >= 128 else self.x
+        if self.loss is not None and self.nl >= 8 and self.r < 128:
+            z = (self.loss - self.mul) / (max(1.2533 * self.al, 0.01 * abs(self.mul)) * self.jump())
+            bar = max(bar - max(0.0, z - 6), 1.0)
         return y - p <= min((bar - x) * self.scale() * math.sqrt(self.k), highest - p)
 
     def commit(self, y: float, g: float | None = None) -> None:
-        anew, self.r, self.quiet, self.loud, self.broken = self.loud >= 128, 0, 0, 0, 0
+        anew, other = self.loud >= 128, self.r >= 128
+        self.r = self.quiet = self.loud = self.broken = 0
         if self.level is None:
             self.level = self.last = self.y0 = self.ymin = y
             return
@@ -100,7 +105,16 @@ class Reference:
                 d = max(-clip, min(clip + math.log(jump), v - self.mu))
                 self.ag += max(2 / (self.ng + 1), 1 / 12) * (abs(d) - self.ag)
                 self.mu = v if anew else self.mu + max(1 / self.ng, 0.3) * d
-        self.k, self.rate = 1, None
+        if self.loss is not None:
+            self.nl += 1
+            if self.mul is None:
+                self.mul = self.loss
+            else:
+                clip = 3 * max(1.2533 * self.al, 0.01 * abs(self.mul)) if self.nl > 8 else math.inf
+                d = max(-clip, min(clip, self.loss - self.mul))
+                self.al += max(2 / (self.nl + 1), 1 / 12) * (abs(d) - self.al)
+                self.mul = self.loss if other else self.mul + max(1 / self.nl, 0.3) * d
+        self.k, self.rate, self.loss = 1, None, None
 
     def reject(self) -> bool:
         self.r += 1
@@ -119,15 +133,18 @@ class Reference:
 
     def anchor(self) -> None:
         kept = (self.level, self.b, self.a, self.down, self.ymin, self.last, self.lr, self.mu, self.ag, self.past)
+        kept += (self.mul, self.al)
         self.anchors = [*self.anchors, kept][-2:]
 
     def deep(self) -> None:
         self.level, self.b, self.a, self.down, self.ymin, self.last = self.anchors[0][:6]
-        self.lr, self.mu, self.ag, self.past = self.anchors[0][6:]
+        self.lr, self.mu, self.ag, self.past, self.mul, self.al = self.anchors[0][6:]
         self.anchors, self.recent, self.since = self.anchors[:1] * 2, [], 0
         self.r = self.quiet = self.loud = self.broken = 0
         if self.mu is None:
             self.ng = 0
+        if self.mul is None:
+            self.nl = 0
 
 
 class Loop:
@@ -198,11 +215,16 @@ def warm(rule: PredictiveInnovation, commits: int = 30, norm: float | None = 1.0
 
 
 def conditions(seed: int, step: int) -> dict[str, Any]:
-    """What a controller might say with ``expect``: nothing, a learning rate on a schedule with jumps, several steps."""
+    """What a controller might say with ``expect``: nothing, a schedule with jumps, several steps, a training loss."""
     if seed % 3 == 0:
         return {}
     rate = 1e-3 * (1 + step % 400) / 400 * (20 if step % 700 > 650 else 1)
-    return {"learning_rate": None if step % 11 == 0 else rate, "steps": 1 + (step // 50) % 4 if seed % 3 == 2 else 1}
+    loss = 2 + 0.1 * math.sin(1.7 * step) + (50 if step % 90 > 85 or 500 < step < 560 else 0)
+    return {
+        "learning_rate": None if step % 11 == 0 else rate,
+        "steps": 1 + (step // 50) % 4 if seed % 3 == 2 else 1,
+        "training_loss": None if seed % 2 or step % 13 == 0 else loss,
+    }
 
 
 class TestAgreesWithTheReference:
@@ -218,6 +240,7 @@ class TestAgreesWithTheReference:
                     continue
                 said = conditions(seed, index)
                 reference.k, reference.rate = said.get("steps", 1), said.get("learning_rate")
+                reference.loss = said.get("training_loss")
                 loop.rule.expect(**said)
                 expected = reference.judge(y, g)
                 judgement = loop.attempt(y, g)
@@ -245,6 +268,7 @@ class TestAgreesWithTheReference:
                 reference.ag,
                 pytest.approx(reference.lr) if reference.lr else None,
             )
+            assert state["loss"] == (None if reference.mul is None else pytest.approx(reference.mul, rel=1e-9))
             assert [state[f"refused{k}"] for k in ("", "_quietly", "_loudly", "_broken")] == [
                 *(reference.r, reference.quiet, reference.loud, reference.broken)
             ]
@@ -369,6 +393,71 @@ class TestGradientEvidence:
             assert rule.judge(y, norm).accepted
             rule.commit(y, norm)
         assert rule.judge(3.48, 1.2).accepted and not rule.judge(3.48, 330.0).accepted
+
+
+class TestTrainingLoss:
+    @staticmethod
+    def told(loss: float | None, y: float, rule: PredictiveInnovation | None = None) -> Any:
+        rule = rule or TestTrainingLoss.usual()
+        rule.expect(training_loss=loss)
+        return rule.judge(y, 1.0)
+
+    @staticmethod
+    def usual(commits: int = 30) -> PredictiveInnovation:
+        rule, draw = PredictiveInnovation(), random.Random(0)
+        for _ in range(commits + 1):
+            rule.expect(training_loss=2 + 0.1 * draw.gauss(0, 1))
+            rule.commit(1 + 0.01 * draw.gauss(0, 1), 1.0)
+        return rule
+
+    def test_a_far_outlier_leaves_one_scale_and_never_decides_alone(self) -> None:
+        bounds = [self.told(loss, 1.0).bound for loss in (None, 2.0, 2.4, 3.0, 5.0, 1e9)]
+        assert bounds[0] == bounds[1] == bounds[2] > bounds[3] > bounds[4] == bounds[5] > 0
+        assert 6 * bounds[4] < bounds[0] < 7 * bounds[4]
+        assert self.told(1e9, 1.0).accepted and self.told(2.0, 1.03).accepted
+        refused = self.told(5.0, 1.03)
+        assert not refused.accepted and "after an outlying training loss" in refused.reason
+        assert refused.evidence == 0, "evidence is the gradient's"
+
+    def test_a_batch_that_is_easier_than_usual_and_a_loss_that_is_no_number_say_nothing(self) -> None:
+        for loss in (-50.0, math.nan, math.inf, 1e300):
+            assert self.told(loss, 1.0) == self.told(None, 1.0)
+
+    def test_needs_eight_losses(self) -> None:
+        assert self.told(50.0, 1.0, self.usual(6)).bound == self.told(None, 1.0, self.usual(6)).bound
+        assert self.told(50.0, 1.0, self.usual(8)).bound < self.told(None, 1.0, self.usual(8)).bound
+
+    def test_an_announced_jump_of_the_learning_rate_widens_it(self) -> None:
+        plain, jumping = self.usual(), self.usual()
+        for rule, factor in ((plain, 1.0), (jumping, 10.0)):
+            for y in (1.0, 1.01, 1.0):
+                rule.expect(learning_rate=0.1)
+                rule.commit(y, 1.0)
+            rule.expect(learning_rate=0.1 * factor, training_loss=3.0)
+        assert "outlying" not in jumping.judge(1.2, 1.0).reason
+        assert "outlying" in plain.judge(1.2, 1.0).reason
+
+    def test_another_kind_of_data_is_believed_after_128_refusals_and_is_then_the_usual_one(self) -> None:
+        rule = self.usual()
+        for count in range(128):
+            assert not self.told(9.0, 1.03, rule).accepted, count
+            rule.reject(1.03, 1.0)
+        assert self.told(9.0, 1.03, rule).accepted
+        rule.commit(1.03, 1.0)
+        assert self.told(9.0, 1.03, rule).accepted
+
+    def test_it_is_learned_again_after_an_anchor_from_before_the_first_loss(self) -> None:
+        rule = warm(PredictiveInnovation())
+        anchor = rule.anchor()
+        rule.anchor()
+        for _ in range(20):
+            rule.expect(training_loss=2.0)
+            rule.commit(1.0, 1.0)
+        rule.deep(anchor)
+        assert self.told(50.0, 1.0, rule).bound == self.told(None, 1.0, rule).bound
+        rule.expect(training_loss=7.0)
+        rule.commit(1.0, 1.0)
+        assert rule.state_dict()["loss"] == 7.0 and rule.state_dict()["losses"] == 1
 
 
 class TestDeepRestore:
@@ -705,12 +794,16 @@ class TestAnyFloat:
     @settings(max_examples=300, deadline=None)
     @given(
         history=st.lists(
-            st.tuples(anything, norms, st.sampled_from(["loop", "loop", "observe", "refuse"])), max_size=60
+            st.tuples(anything, norms, st.one_of(st.none(), anything), st.sampled_from(["loop", "observe", "refuse"])),
+            max_size=60,
         )
     )
-    def test_never_raises_never_holds_a_non_finite_number(self, history: list[tuple[float, float | None, str]]) -> None:
+    def test_never_raises_never_holds_a_non_finite_number(
+        self, history: list[tuple[float, float | None, float | None, str]]
+    ) -> None:
         loop = Loop(PredictiveInnovation())
-        for y, g, what in history:
+        for y, g, loss, what in history:
+            loop.rule.expect(training_loss=loss)
             if what == "observe":
                 loop.rule.commit(y, g)
             elif what == "refuse":

@@ -159,10 +159,11 @@ class Numbers(Signal):
 
 
 def test_free_signals_are_always_on_and_can_be_replaced() -> None:
-    assert [signal.name for signal in Monitor().signals] == ["learning_rate", "training_loss", "loss_scale"]
+    free = ["learning_rate", "training_loss", "loss_scale", "effective_step"]
+    assert [signal.name for signal in Monitor().signals] == free
     mine = TrainingLoss(window=9)
     names = [signal.name for signal in Monitor((UpdateRms(), mine)).signals]
-    assert names == ["learning_rate", "loss_scale", "update_rms", "training_loss"]
+    assert names == ["learning_rate", "loss_scale", "effective_step", "update_rms", "training_loss"]
     model, optimizer = trained()
     monitor = Monitor()
     monitor.before_step(step_context(model, optimizer, loss=torch.tensor(0.5)))
@@ -237,7 +238,7 @@ def test_sums_of_another_length_are_refused() -> None:
     model, optimizer = trained()
     monitor = Monitor()
     monitor.before_step(step_context(model, optimizer))
-    with pytest.raises(ValueError, match="expected 12 sums"):
+    with pytest.raises(ValueError, match="expected 16 sums"):
         monitor.read([0.0] * 11)
 
 
@@ -257,7 +258,7 @@ def test_bad_signals_are_refused(signals: Any, error: type[Exception], says: str
 def test_settings_and_memory_of_a_monitor_go_through_json() -> None:
     monitor = Monitor([UpdateRms(every_tensor=True), UpdateRatio()])
     names = [name for name, _ in json.loads(json.dumps(monitor.settings()))]
-    assert names == ["learning_rate", "training_loss", "loss_scale", "update_rms", "update_ratio"]
+    assert names == ["learning_rate", "training_loss", "loss_scale", "effective_step", "update_rms", "update_ratio"]
     assert ["update_rms", {"every_tensor": True}] in monitor.settings()
     model, optimizer = trained()
     for loss in (1.0, 2.0, 3.0):

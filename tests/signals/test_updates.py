@@ -12,6 +12,7 @@ from test_gradients import NoSync
 from torch import Tensor, nn
 
 from dist_stability.signals import (
+    EffectiveStep,
     GroupNorms,
     Monitor,
     SignalValues,
@@ -210,6 +211,65 @@ def test_update_ratio_is_the_formula() -> None:
     assert said.values["update_ratio_max"] == pytest.approx(max(ratios.values()), rel=1e-5)
 
 
+def effective(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, float]:
+    return measure(step_context(model, optimizer), EffectiveStep(), step=optimizer.step).values
+
+
+@pytest.mark.parametrize("kind", ["loop", "foreach", "fused"])
+@pytest.mark.parametrize("amsgrad", [False, True])
+def test_effective_step_is_what_the_weights_did(kind: str, amsgrad: bool) -> None:
+    for steps in (0, 1, 7):
+        model, optimizer = trained(kind, steps, weight_decay=0.0, amsgrad=amsgrad)
+        expected = moved(*twin(model, optimizer, weight_decay=0.0, amsgrad=amsgrad))[0].values["effective_step"]
+        assert effective(model, optimizer)["effective_step"] == pytest.approx(expected, rel=1e-4)
+    for state in optimizer.state.values():
+        state["max_exp_avg_sq" if amsgrad else "exp_avg_sq"].mul_(1e4)
+    backward(model, 99)
+    assert effective(model, optimizer)["effective_step"] == pytest.approx(0.01 * expected, rel=0.5)
+
+
+def test_effective_step_of_a_large_tensor_is_estimated_from_all_over_it() -> None:
+    model = nn.Module()
+    model.weight = nn.Parameter(torch.zeros(300, 100))
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.1)
+    model.weight.grad = torch.zeros(300, 100)
+    model.weight.grad[:75] = 1.0  # a quarter of it moves, by 1 each
+    assert effective(model, optimizer)["effective_step"] == pytest.approx(0.25, abs=0.002)
+
+
+def test_effective_step_weighs_tensors_by_their_elements_and_needs_both_moments() -> None:
+    model, optimizer = trained(weight_decay=0.0)
+    optimizer.state[model.second.weight].clear()
+    optimizer.state[model.first.bias]["exp_avg"].zero_()
+    optimizer.state[model.first.weight]["exp_avg"].copy_(optimizer.state[model.first.weight]["exp_avg_sq"].sqrt())
+    sgd = torch.optim.SGD([model.second.weight], lr=0.1)
+    context = step_context(model, optimizer)
+    signal = EffectiveStep()
+    signal.after_step(context)
+    correction = math.sqrt(1 - 0.999**3) / (1 - 0.9**3)
+    ((value),) = signal.read(signal.collect().tolist()).values.values()
+    assert value == pytest.approx(correction * 12 / 16, rel=1e-4)
+    only = nn.Module()
+    only.weight = model.second.weight
+    assert effective(only, sgd) == {}
+
+
+def test_effective_step_changes_no_state_and_takes_low_precision() -> None:
+    weight = nn.Parameter(torch.ones(8, dtype=torch.bfloat16))
+    model = nn.Module()
+    model.weight = weight
+    optimizer = torch.optim.Adam([weight], lr=0.1, foreach=False)
+    weight.grad = torch.full_like(weight, 3.0)
+    optimizer.step()
+    before = copy.deepcopy(optimizer.state_dict()["state"][0])
+    signal = EffectiveStep()
+    signal.after_step(step_context(model, optimizer))
+    after = optimizer.state_dict()["state"][0]
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    total, count = signal.collect().tolist()
+    assert total / count == pytest.approx(1.0, rel=0.02)
+
+
 def test_each_group_has_its_learning_rate_and_zero_counts_for_nothing() -> None:
     model, _ = trained()
     groups: list[dict[str, Any]] = [
@@ -253,10 +313,10 @@ def test_a_step_that_did_not_happen_has_no_ratio_and_the_next_one_is_unharmed() 
     assert [copy.data_ptr() for copy in signal._before] == copies  # kept, not made anew
 
 
-def twin(model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[nn.Module, torch.optim.Optimizer]:
+def twin(model: nn.Module, optimizer: torch.optim.Optimizer, **options: Any) -> tuple[nn.Module, torch.optim.Optimizer]:
     other = Two()
     other.load_state_dict(model.state_dict())
-    again = adam(other)
+    again = adam(other, **options)
     again.load_state_dict(copy.deepcopy(optimizer.state_dict()))  # loading shares the tensors
     for a, b in zip(model.parameters(), other.parameters(), strict=True):
         b.grad = a.grad.clone()
@@ -286,7 +346,7 @@ def test_group_norms_by_name_or_number() -> None:
 def test_nothing_waits_for_the_device_and_no_bit_of_the_run_changes() -> None:
     def run(watched: bool) -> list[Tensor]:
         model, optimizer = trained(steps=2)
-        monitor = Monitor((UpdateRms(), UpdateRatio(), GroupNorms()))
+        monitor = Monitor((UpdateRms(), UpdateRatio(), GroupNorms()))  # and the free ones
         for seed in range(3):
             backward(model, seed)
             context = step_context(model, optimizer, loss=torch.tensor(1.0)) if watched else None

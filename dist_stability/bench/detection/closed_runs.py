@@ -54,7 +54,7 @@ class Record:
     """What one arm did.
 
     Attributes:
-        numbers: (measurement, gradient norm, announced learning rate) of each attempt, where measured.
+        numbers: (measurement, gradient norm, announced learning rate, training loss) of each attempt, where measured.
         last: Score-set losses at the end, see :data:`SCORED`.
         scores: Score-set loss after every attempt, by attempt, where it was asked for.
         verdicts: Of a guarded arm, in order.
@@ -65,7 +65,7 @@ class Record:
         stopped: The controller gave up.
     """
 
-    numbers: list[tuple[float, float, float]] = field(default_factory=list)
+    numbers: list[tuple[float, float, float, float]] = field(default_factory=list)
     last: list[float] = field(default_factory=list)
     scores: dict[int, float] = field(default_factory=dict)
     verdicts: list[Verdict] = field(default_factory=list)
@@ -125,7 +125,7 @@ class Group:
         self._branch = max(0, (start - LEAD) // 8 * 8)
         training = self._training(CLEAN)
         first = training.loss(training.parts.probe)
-        self._prefix.numbers.append((first, math.nan, math.nan))
+        self._prefix.numbers.append((first, math.nan, math.nan, math.nan))
         self._plain(training, range(self._branch), frozenset(), self._prefix, measured=True)
         self._state = training.snapshot()
         training.fault.close()
@@ -172,14 +172,14 @@ class Group:
     def _replay(self, rule: Rule) -> Prefix | None:
         """Feed the prefix to a fresh rule; None if it refuses any of it."""
         trend = SlowDivergence()
-        for number, (measurement, norm, rate) in enumerate(self._prefix.numbers):
+        for number, (measurement, norm, rate, loss) in enumerate(self._prefix.numbers):
             trend.commit(measurement)
             if number == 0:
                 rule.commit(measurement)
                 continue
             expect = getattr(rule, "expect", None)
             if expect is not None:
-                expect(steps=1, learning_rate=rate)
+                expect(steps=1, learning_rate=rate, training_loss=loss)
             if not rule.judge(measurement, norm).accepted:
                 return None
             rule.commit(measurement, norm)
@@ -198,12 +198,12 @@ class Group:
         """Train without a guard, leaving out some attempts."""
         for attempt in attempts:
             if attempt not in skipped:
-                norm, rate = training.backward(attempt), float(training.scheduler.get_last_lr()[0])
+                (loss, norm), rate = training.backward(attempt), float(training.scheduler.get_last_lr()[0])
                 training.optimizer.step()
                 training.optimizer.zero_grad()
                 training.scheduler.step()
                 if measured:
-                    record.numbers.append((training.loss(training.parts.probe), norm, rate))
+                    record.numbers.append((training.loss(training.parts.probe), norm, rate, loss))
             if every:
                 record.scores[attempt] = training.loss(training.parts.score)
             if end - 1 - attempt in SCORED:
@@ -216,9 +216,9 @@ class Group:
         with make_controller(training, rule, prefix) as controller:
             for attempt in range(0 if prefix is None else prefix.commits, fault.end):
                 if not record.stopped:
-                    norm = training.backward(attempt)
+                    loss, norm = training.backward(attempt)
                     try:
-                        verdict = controller.step(grad_norm=norm)
+                        verdict = controller.step(loss=loss, grad_norm=norm)
                     except StabilityStop:
                         record.stopped = True  # the state is the last committed one: that is what it ends with
                         continue

@@ -15,6 +15,7 @@ from itertools import pairwise
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.parallel import DistributedDataParallel
@@ -134,7 +135,7 @@ class Training:
         self, task: ClosedTask, seed: int, fault: ClosedFault, attempts: int, rank: int = 0, world: int = 1
     ) -> None:
         """Build everything from the seed."""
-        self.task, self.parts = task, load(task.data)
+        self.task, self.parts, self._world = task, load(task.data), world
         torch.manual_seed(seed)
         self.module = self.parts.build()
         self.model: nn.Module = DistributedDataParallel(self.module) if world > 1 else self.module
@@ -148,20 +149,25 @@ class Training:
         self._order = BatchOrder(len(self.parts.train), task.batch, seed=seed, index=rank, count=world)
         self.fault = FaultAction(fault, self.module, self.optimizer, self._slope)
 
-    def backward(self, attempt: int) -> float:
+    def backward(self, attempt: int) -> tuple[float, float]:
         """Forward and backward of one attempt, with the fault's part in it; clips.
 
         Returns:
-            The global gradient norm before clipping.
+            The training loss, mean over ranks, and the global gradient norm before clipping.
 
-        Collectives: under DDP those of its forward and backward.
+        Collectives: under DDP those of its forward and backward, and one all-reduce.
         """
         self.fault.begin(attempt)
         self.model.train()
         batch = self.parts.train.batch(self._order.micro_batches(attempt)[0])
-        cross_entropy(self.model, self.fault.batch(batch)).backward()
+        loss = cross_entropy(self.model, self.fault.batch(batch))
+        loss.backward()
         self.fault.gradients()
-        return float(clip_grad_norm_(self.model, list(self.model.parameters()), self.task.clip or math.inf))
+        norm = clip_grad_norm_(self.model, list(self.model.parameters()), self.task.clip or math.inf)
+        loss = loss.detach()
+        if self._world > 1:
+            dist.all_reduce(loss.div_(self._world))
+        return float(loss), float(norm)
 
     def loss(self, batch: Batch) -> float:
         """Mean cross-entropy on one batch, in eval mode; leaves the training flag alone."""

@@ -49,7 +49,7 @@ class Contestant:
         watches: The stream it is fed.
         build: Makes it from a threshold; None for the value it comes with.
         grid: Thresholds from the most tolerant to the most sensitive; empty if it is not swept.
-        sees_norm: Whether it is given the gradient norm beside the probe.
+        sees_norm: Whether it is given gradient norm and training loss beside the probe.
         warns: An alarm is a warning after a commit, not a refusal before it.
         original: The threshold it comes with.
     """
@@ -116,9 +116,9 @@ class _Beside:
         """Put a guard or a trend beside a rule."""
         self._rule, self._beside = rule, beside
 
-    def expect(self, *, steps: int = 1, learning_rate: float | None = None) -> None:
+    def expect(self, *, steps: int = 1, learning_rate: float | None = None, training_loss: float | None = None) -> None:
         """For the rule."""
-        self._rule.expect(steps=steps, learning_rate=learning_rate)
+        self._rule.expect(steps=steps, learning_rate=learning_rate, training_loss=training_loss)
 
     def rebase(self, measurement: float) -> None:
         """For the rule."""

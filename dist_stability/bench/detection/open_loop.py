@@ -40,6 +40,7 @@ class Item:
     measurement: float
     norm: float | None = None
     rate: float | None = None
+    loss: float | None = None
 
 
 @dataclass
@@ -63,8 +64,9 @@ def items(streams: Streams, contestant: Contestant) -> list[Item]:
         return [Item(loss) for loss in streams.loss]
     if contestant.watches == "gradient":
         return [Item(0.0, norm) for norm in streams.norm]
-    norms: Sequence[float | None] = streams.norm if contestant.sees_norm else [None] * len(streams.norm)
-    return [Item(y, norm, rate) for y, norm, rate in zip(streams.probe, norms, streams.rate, strict=True)]
+    nothing: Sequence[float | None] = [None] * len(streams.norm)
+    norms, losses = (streams.norm, streams.loss[:-1]) if contestant.sees_norm else (nothing, nothing)
+    return [Item(*each) for each in zip(streams.probe, norms, streams.rate, losses, strict=True)]
 
 
 def replay(recording: Recording, contestant: Contestant, threshold: float | None, *, branches: bool = True) -> Replay:
@@ -101,7 +103,7 @@ def _step(rule: Judge, item: Item) -> bool:
     """Judge one item and tell the rule what became of it; whether it was accepted."""
     expect = getattr(rule, "expect", None)
     if expect is not None:
-        expect(steps=1, learning_rate=item.rate)
+        expect(steps=1, learning_rate=item.rate, training_loss=item.loss)
     accepted = rule.judge(item.measurement, item.norm).accepted
     (rule.commit if accepted else rule.reject)(item.measurement, item.norm)
     return accepted
