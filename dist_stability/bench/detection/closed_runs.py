@@ -65,7 +65,7 @@ class Record:
         stopped: The controller gave up.
     """
 
-    numbers: list[tuple[float, float, float, float]] = field(default_factory=list)
+    numbers: list[tuple[float, ...]] = field(default_factory=list)
     last: list[float] = field(default_factory=list)
     scores: dict[int, float] = field(default_factory=dict)
     verdicts: list[Verdict] = field(default_factory=list)
@@ -125,7 +125,7 @@ class Group:
         self._branch = max(0, (start - LEAD) // 8 * 8)
         training = self._training(CLEAN)
         first = training.loss(training.parts.probe)
-        self._prefix.numbers.append((first, math.nan, math.nan, math.nan))
+        self._prefix.numbers.append(training.agreed(first, math.nan, math.nan, math.nan))
         self._plain(training, range(self._branch), frozenset(), self._prefix, measured=True)
         self._state = training.snapshot()
         training.fault.close()
@@ -203,7 +203,7 @@ class Group:
                 training.optimizer.zero_grad()
                 training.scheduler.step()
                 if measured:
-                    record.numbers.append((training.loss(training.parts.probe), norm, rate, loss))
+                    record.numbers.append(training.agreed(training.loss(training.parts.probe), norm, rate, loss))
             if every:
                 record.scores[attempt] = training.loss(training.parts.score)
             if end - 1 - attempt in SCORED:

@@ -178,6 +178,17 @@ class Training:
         self.module.train(training)
         return value
 
+    def agreed(self, *numbers: float) -> tuple[float, ...]:
+        """Rank 0's numbers on every rank: under DDP, BatchNorm's buffers differ between two forwards.
+
+        Collectives: under DDP one broadcast.
+        """
+        if self._world > 1:
+            values = torch.tensor(numbers, dtype=torch.float64)
+            dist.broadcast(values, 0)
+            numbers = tuple(values.tolist())
+        return numbers
+
     def snapshot(self) -> dict[str, Any]:
         """A deep copy of the training state."""
         parts = {"model": self.module, "optimizer": self.optimizer, "scheduler": self.scheduler}
