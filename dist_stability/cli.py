@@ -1,4 +1,4 @@
-"""The command line: ``dist-stability demo | bench NAME | report RUN | doctor``."""
+"""The command line: ``dist-stability demo | experiment NAME | bench NAME | report RUN | doctor``."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from dist_stability.experiments.paper.protocol import ARMS, FAULTS
 from dist_stability.report.events import write_json
 
 BENCH_PARTS = ("open-loop", "noise", "bloom", "closed-loop")
@@ -63,6 +64,29 @@ def _bench(options: argparse.Namespace) -> int:
     return 0
 
 
+def _experiment(options: argparse.Namespace) -> int:
+    from dist_stability.experiments.paper.command import experiment
+    from dist_stability.report.extras import MissingExtra, import_extra
+
+    try:
+        import_extra("matplotlib.figure", "the experiment's figures")  # known before hours of training, not after
+        return experiment(
+            options.name,
+            options.out or Path("out") / f"experiment-{options.name}",
+            seeds=options.seeds,
+            arms=options.arms,
+            faults=options.faults,
+            parallels=options.parallel,
+            tasks=options.tasks,
+            workers=options.workers,
+            device=options.device,
+            data=options.data,
+            quick=options.quick,
+        )
+    except (MissingExtra, ValueError) as error:
+        return _failed(error)
+
+
 def _report(options: argparse.Namespace) -> int:
     from dist_stability.report.build import report
     from dist_stability.report.extras import MissingExtra
@@ -103,6 +127,36 @@ def _parser() -> argparse.ArgumentParser:
     )
     demo.add_argument("--out", type=Path, default=Path("out/demo"), metavar="DIR", help="default: %(default)s")
     demo.set_defaults(run=_demo)
+
+    experiment = commands.add_parser("experiment", help="the controller paper's experiments: arms against faults")
+    experiment.add_argument("name", choices=["text", "vision"], metavar="NAME", help="text or vision")
+    experiment.add_argument("--out", type=Path, metavar="DIR", help="default: out/experiment-NAME")
+    experiment.add_argument(
+        "--seeds", type=int, metavar="N", help="for reporting, from 0; default: 20 for text, 5 for vision"
+    )
+    experiment.add_argument("--arms", nargs="+", metavar="ARM", help=f"default: all of {' '.join(ARMS)}")
+    experiment.add_argument(
+        "--faults",
+        nargs="+",
+        default=FAULTS[:1],
+        metavar="FAULT",
+        help=f"some of {' '.join(FAULTS)}, or all; default: {FAULTS[0]}, the paper's",
+    )
+    experiment.add_argument(
+        "--parallel",
+        nargs="+",
+        default=["single"],
+        metavar="MODE",
+        help="single, ddp or fsdp2, on two processes; default: single",
+    )
+    experiment.add_argument("--tasks", nargs="+", metavar="TASK", help="text: phrase and text; default: all")
+    experiment.add_argument(
+        "--workers", type=int, default=os.cpu_count() or 1, metavar="N", help="processes; default: cores"
+    )
+    experiment.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: %(default)s")
+    experiment.add_argument("--data", type=Path, metavar="DIR", help="folder of CIFAR-10; without it: digits")
+    experiment.add_argument("--quick", action="store_true", help="a few steps of everything, to see that it runs")
+    experiment.set_defaults(run=_experiment)
 
     bench = commands.add_parser("bench", help="what the rules are worth, measured: recordings, noise, closed loop")
     bench.add_argument("name", choices=["detection"], metavar="NAME", help="detection")

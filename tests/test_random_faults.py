@@ -25,8 +25,8 @@ import zoo
 from harness import RankError
 from zoo import Case
 
-from dist_stability import testing
 from dist_stability.testing import LOSS_PHASES, PHASES, Fault, FaultInjector, StateImage, compare
+from dist_stability.testing.fault import DRAWN_KINDS
 
 SEED = 20261122
 FAULTS = 200
@@ -148,7 +148,7 @@ def outcomes_of(pool: harness.Pool, jobs: list[Job], folder: Path) -> tuple[list
 
 def test_the_draw_covers_what_it_should() -> None:
     faults = [fault for _, _, fault in drawn()]
-    assert {fault.kind for fault in faults} == set(testing.KINDS) == set(KINDS)
+    assert {fault.kind for fault in faults} == set(DRAWN_KINDS) == set(KINDS)
     assert {fault.rank for fault in faults} == {0, 1, None}
     assert {fault.phase for fault in faults} == {*PHASES, *LOSS_PHASES}
     assert {fault.step for fault in faults} == set(range(1, STEPS))

@@ -13,11 +13,12 @@ from typing import Any, NoReturn
 
 import torch
 
-from dist_stability.experiments.tasks import TASKS
+from dist_stability.experiments.rivals import FEWEST_LOSSES
+from dist_stability.experiments.tasks import TASKS, TEXT_TASKS
 from dist_stability.testing import FaultInjector
 
 PARALLEL = ("single", "ddp", "fsdp1", "fsdp2", "hsdp")
-RULES = ("predictive", "fixed", "off")
+RULES = ("predictive", "fixed", "loss-rollback", "off")
 ADAPTIVE = "adaptive"
 
 
@@ -31,6 +32,8 @@ class Options:
     epsilon: float
     alpha: float
     false_reject_rate: float
+    loss_sigmas: float
+    loss_window: int
     inject: tuple[str, ...]
     skip_batches: tuple[int, ...]
     steps: int
@@ -43,6 +46,7 @@ class Options:
     optimizer: str
     implementation: str
     clip_grad_norm: float
+    zclip: bool
     dtype: str
     compile: bool
     dropout: float
@@ -57,6 +61,7 @@ class Options:
     out: Path
     timeout: float
     state_digest: bool
+    parameter_norm: bool
 
     def settings(self) -> dict[str, Any]:
         """Everything that determines the run, as plain data: all but where it is written."""
@@ -99,6 +104,8 @@ def parse_options(arguments: Sequence[str] | None = None, world_size: int | None
     values.epsilon = 0.5 if values.epsilon is None else values.epsilon
     values.alpha = 0.1 if values.alpha is None else values.alpha
     values.false_reject_rate = 5e-4 if values.false_reject_rate is None else values.false_reject_rate
+    values.loss_sigmas = 6.0 if values.loss_sigmas is None else values.loss_sigmas
+    values.loss_window = 128 if values.loss_window is None else values.loss_window
     values.inject = tuple(values.inject)
     return Options(**vars(values))
 
@@ -162,7 +169,8 @@ def _problems(v: argparse.Namespace, world: int, launched: bool) -> list[str]:
         v.probe_on == "mean" and v.probe_size % world != 0,
         f"--probe-size {v.probe_size}: --probe-on mean needs a multiple of the {world} processes",
     )
-    for option, rule in (("epsilon", "fixed"), ("alpha", "fixed"), ("false_reject_rate", "predictive")):
+    belongs = {"epsilon": "fixed", "alpha": "fixed", "false_reject_rate": "predictive"}
+    for option, rule in {**belongs, "loss_sigmas": "loss-rollback", "loss_window": "loss-rollback"}.items():
         given = getattr(v, option) is not None
         refuse(given and v.rule != rule, f"--{option.replace('_', '-')}: belongs to --rule {rule}, not to {v.rule}")
     refuse(v.alpha is not None and v.alpha > 1, f"--alpha {v.alpha}: must be in (0, 1]")
@@ -171,7 +179,9 @@ def _problems(v: argparse.Namespace, world: int, launched: bool) -> list[str]:
         f"--false-reject-rate {v.false_reject_rate}: must be in [1e-12, 0.5)",
     )
     refuse(v.observe and v.rule == "off", "--observe: needs a rule to observe with, not --rule off")
-    refuse(v.dropout > 0 and v.task != "text", f"--dropout: the model of --task {v.task} has none")
+    refuse(v.zclip and v.clip_grad_norm > 0, "--zclip: excludes --clip-grad-norm, which clips the same gradients")
+    refuse(v.zclip and v.rule != "off", f"--zclip: clips instead of refusing, so it needs --rule off, not {v.rule}")
+    refuse(v.dropout > 0 and v.task not in TEXT_TASKS, f"--dropout: the model of --task {v.task} has none")
     refuse(v.dropout >= 1, f"--dropout {v.dropout}: must be below 1")
     refuse(v.data is not None and v.task != "cifar10", f"--data: --task {v.task} brings its own data")
     refuse(
@@ -223,7 +233,7 @@ def _parser() -> argparse.ArgumentParser:
     what.add_argument("--steps", type=at_least_one, default=300, help="batches to fetch; refused ones count")
     what.add_argument("--batch-size", type=at_least_one, default=64, help="examples per step, over all processes")
     what.add_argument("--accumulate", type=at_least_one, default=1, help="micro-batches per step")
-    what.add_argument("--dropout", type=real, default=0.0, help="dropout of the text model")
+    what.add_argument("--dropout", type=real, default=0.0, help="dropout of the Transformer")
     what.add_argument("--seed", type=whole, default=0, help="of the initial weights, the batch order and dropout")
 
     how = parser.add_argument_group("optimizer")
@@ -236,6 +246,7 @@ def _parser() -> argparse.ArgumentParser:
     how.add_argument("--warmup", type=whole, help="accepted steps of linear warm-up (default: 20, or all if fewer)")
     how.add_argument("--schedule", choices=("constant", "cosine"), default="cosine", help="after the warm-up")
     how.add_argument("--clip-grad-norm", type=real, default=0.0, metavar="NORM", help="global norm; 0 is off")
+    how.add_argument("--zclip", action="store_true", help="clip to a norm that adapts to recent ones (ZClip)")
 
     where = parser.add_argument_group("machine")
     where.add_argument("--parallel", choices=PARALLEL, help="default: ddp with several processes, else single")
@@ -250,10 +261,21 @@ def _parser() -> argparse.ArgumentParser:
 
     guard = parser.add_argument_group("guard")
     guard.add_argument(
-        "--rule", choices=RULES, default="predictive", help="off trains and measures, but refuses nothing"
+        "--rule",
+        choices=RULES,
+        default="predictive",
+        help="off measures and refuses nothing; fixed and loss-rollback judge alone: no trend, no ladder",
     )
     guard.add_argument("--epsilon", type=real, help="of --rule fixed (default 0.5)")
     guard.add_argument("--alpha", type=positive, help="of --rule fixed (default 0.1)")
+    guard.add_argument(
+        "--loss-sigmas", type=positive, help="of --rule loss-rollback: deviations that make a spike (default 6)"
+    )
+    guard.add_argument(
+        "--loss-window",
+        type=_number(int, FEWEST_LOSSES),
+        help="of --rule loss-rollback: losses they are of (default 128)",
+    )
     guard.add_argument("--false-reject-rate", type=positive, help="of --rule predictive (default 5e-4)")
     guard.add_argument(
         "--every",
@@ -287,6 +309,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     trial.add_argument(
         "--state-digest", action="store_true", help="write digests of every bit of the final state of each rank"
+    )
+    trial.add_argument(
+        "--parameter-norm", action="store_true", help="log the global norm of the weights that stand after each attempt"
     )
     parser.add_argument("--out", type=Path, default=Path("out/train"), metavar="DIR", help="events.jsonl, summary.json")
     return parser

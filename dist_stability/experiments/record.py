@@ -6,6 +6,7 @@ import math
 import sys
 import time
 from collections import Counter
+from collections.abc import Callable
 from typing import Any
 
 from torch import nn
@@ -30,11 +31,22 @@ class RunRecorder:
         task: What is trained.
         here: This process.
         model: The wrapped model, described in the summary.
+        parameter_norm: Norm of the parameters, for ``--parameter-norm``. Called on every rank once for each event, when
+            the attempt is settled: what it measures is the state that stands, also of an attempt that ends the run.
+
+    Collectives: those of ``parameter_norm``, in :meth:`event`.
     """
 
-    def __init__(self, options: Options, task: Task, here: Processes, model: nn.Module) -> None:
+    def __init__(
+        self,
+        options: Options,
+        task: Task,
+        here: Processes,
+        model: nn.Module,
+        parameter_norm: Callable[[], float] | None = None,
+    ) -> None:
         """Open ``events.jsonl``; a summary of an earlier run in the same folder is removed."""
-        self._options, self._writes = options, here.rank == 0
+        self._options, self._writes, self._parameter_norm = options, here.rank == 0, parameter_norm
         self.probe = math.nan
         self._batch = -1
         self._batches: list[int] = []
@@ -43,6 +55,7 @@ class RunRecorder:
         self._undone: list[int] = []
         self._batch_of: list[int] = []
         self._standing: dict[int, int] = {}
+        self._attenuated: set[int] = set()
         self._rungs: Counter[str] = Counter()
         self._warnings = 0
         self._committed: list[tuple[int, float]] = []
@@ -83,6 +96,8 @@ class RunRecorder:
                 self._committed.pop()
         elif event["action"] != "scaler_skip":
             self._standing[event["attempt"]] = self._batch
+        if event["action"] == "attenuate":
+            self._attenuated.add(event["attempt"])
         if event["action"] in ("commit", "attenuate"):
             # Observed, a proposal that would be vetoed is accepted and not measured.
             measured = event["measurement"]
@@ -90,8 +105,11 @@ class RunRecorder:
         self.probe = self._committed[-1][1] if self._committed else math.nan
         self._batches.append(self._batch)
         self._series.append(self.probe)
+        written = {**event, "batch": self._batch, "probe": self.probe}
+        if self._parameter_norm is not None:
+            written["parameter_norm"] = self._parameter_norm()
         if self._log is not None:
-            self._log.append({**event, "batch": self._batch, "probe": self.probe})
+            self._log.append(written)
 
     def finish(self, *, evaluation: float | None = None, error: BaseException | None = None) -> None:
         """Write the summary.
@@ -123,6 +141,8 @@ class RunRecorder:
                 # A batch that was taken back and stands after its replay was neither refused nor undone.
                 "refused": [batch for batch in dict.fromkeys(self._refused) if batch not in standing],
                 "undone": sorted(set(self._undone) - standing),
+                # Committed, but only at a part of the step's length: no golden twin knows them.
+                "attenuated": [batch for attempt, batch in self._standing.items() if attempt in self._attenuated],
                 "rungs": dict(self._rungs),
                 "warnings": self._warnings,
                 "final_probe": self.probe,

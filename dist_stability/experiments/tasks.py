@@ -14,7 +14,8 @@ from torch.nn import functional
 from dist_stability.experiments import text, vision
 from dist_stability.experiments.data import Batch, Examples, Subset, evenly
 
-TASKS = ("text", "digits", "cifar10")
+TEXT_TASKS = ("text", "phrase")
+TASKS = (*TEXT_TASKS, "digits", "cifar10")
 
 EVALUATION_EXAMPLES = 256
 EVALUATION_BATCH = 64
@@ -68,7 +69,7 @@ def make_task(name: str, *, data: Path | None = None, dropout: float = 0.0) -> T
     Args:
         name: One of :data:`TASKS`.
         data: Folder with the data set, for ``cifar10``.
-        dropout: Dropout probability of the ``text`` model.
+        dropout: Dropout probability of the Transformer, for ``text`` and ``phrase``.
 
     Raises:
         ValueError: Unknown name.
@@ -76,11 +77,12 @@ def make_task(name: str, *, data: Path | None = None, dropout: float = 0.0) -> T
     """
     train: Examples
     held_out: Examples
-    if name == "text":
-        train, held_out, characters = text.load_windows()
+    if name in TEXT_TASKS:
+        corpus = text.repeated_phrase() if name == "phrase" else text.load_text()
+        train, held_out, characters = text.load_windows(corpus)
         build: Callable[[], nn.Module] = partial(text.CharacterTransformer, characters, dropout=dropout)
         blocks: Callable[[nn.Module], Sequence[nn.Module]] = _transformer_blocks
-        title = text.DATA_NAME
+        title = text.PHRASE_NAME if name == "phrase" else text.DATA_NAME
     elif name in ("digits", "cifar10"):
         train, held_out = vision.load_digits() if name == "digits" else vision.load_cifar10(data)
         build, blocks = vision.resnet18, vision.resnet_blocks
@@ -89,7 +91,7 @@ def make_task(name: str, *, data: Path | None = None, dropout: float = 0.0) -> T
         raise ValueError(f"unknown task {name!r}: choose from {', '.join(TASKS)}")
     half = len(held_out) // 2
     # Windows overlap their neighbours: the gap keeps the probe's text out of the evaluation's.
-    gap = text.CONTEXT if name == "text" else 0
+    gap = text.CONTEXT if name in TEXT_TASKS else 0
     return Task(
         name=name,
         data=title,

@@ -1,4 +1,8 @@
-"""Next-character prediction with a small Transformer on English that comes with Python itself."""
+"""Next-character prediction with a small Transformer: on English that comes with Python itself, and on one phrase.
+
+The model is the same for both: d_model 64, 2 layers of 4 heads each, feed-forward width 256, context 64, no dropout
+unless asked for; about 0.11 million parameters.
+"""
 
 from __future__ import annotations
 
@@ -11,6 +15,9 @@ from torch.nn import functional
 from dist_stability.experiments.data import Windows
 
 DATA_NAME = "English text of pydoc_data.topics"
+PHRASE_NAME = "one phrase, repeated"
+PHRASE = "the quick brown fox jumps over the lazy dog and runs away from the angry bear. "
+PHRASE_CHARACTERS = 120_000
 CONTEXT = 64
 HELD_OUT = 0.1
 
@@ -37,12 +44,28 @@ def load_text() -> str:
     return "\n\n".join(topics[name] for name in sorted(topics))
 
 
-def load_windows() -> tuple[Windows, Windows, int]:
+def repeated_phrase() -> str:
+    """The controller paper's synthetic corpus: one phrase of 79 characters again and again, 120,000 characters in all.
+
+    Phrase and length are not published; with this length an epoch is 1,686 batches of 64 windows. What is held out has
+    the same 79 different windows as what is trained on: its loss says how far training got, and nothing about
+    generalization.
+    """
+    return (PHRASE * (PHRASE_CHARACTERS // len(PHRASE) + 1))[:PHRASE_CHARACTERS]
+
+
+def load_windows(text: str | None = None) -> tuple[Windows, Windows, int]:
     """Training windows, held-out windows and the size of the alphabet.
 
     The last tenth of the text is held out, as one piece: no window of it overlaps a training window.
+
+    Args:
+        text: The corpus; by default that of :func:`load_text`.
+
+    Raises:
+        TextUnavailable: See :func:`load_text`.
     """
-    text = load_text()
+    text = load_text() if text is None else text
     alphabet = {character: number for number, character in enumerate(sorted(set(text)))}
     tokens = torch.tensor([alphabet[character] for character in text])
     split = round(len(text) * (1 - HELD_OUT))

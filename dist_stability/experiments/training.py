@@ -18,6 +18,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -27,6 +28,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from dist_stability import (
     AdaptiveCadence,
+    Escalation,
     FixedInnovation,
     LossProbe,
     NonFiniteGuard,
@@ -36,9 +38,11 @@ from dist_stability import (
 from dist_stability.errors import LockstepError, StabilityError
 from dist_stability.experiments.data import Batch, BatchOrder
 from dist_stability.experiments.digests import digests
+from dist_stability.experiments.norms import GlobalNorm
 from dist_stability.experiments.options import ADAPTIVE, Options, parse_options
 from dist_stability.experiments.progress import Progress
 from dist_stability.experiments.record import RunRecorder
+from dist_stability.experiments.rivals import LossRollback, ZClipper
 from dist_stability.experiments.tasks import Task, cross_entropy, make_task
 from dist_stability.experiments.text import TextUnavailable
 from dist_stability.experiments.unguarded import Unguarded
@@ -46,43 +50,46 @@ from dist_stability.experiments.vision import DataMissing
 from dist_stability.experiments.wrapping import Processes, autocast, processes, wrap
 from dist_stability.parallel import clip_grad_norm_, data_replica, forward_module
 from dist_stability.report.extras import MissingExtra
+from dist_stability.rules import Rule
 from dist_stability.signals import GroupNorms, UpdateRatio, UpdateRms
 from dist_stability.testing import LOSS_PHASES, FaultInjector, capture_state
 
 LossFn = Callable[[nn.Module, Batch], Tensor]
 Controller = StabilityController | Unguarded
 
+ALONE: dict[str, Any] = {
+    "trend": None,
+    "escalation": Escalation(attenuate_after=0, max_cuts=0, trend_after=0, deep_after=0, reload_after=0),
+}
+"""A controller that does what its rule says and nothing else: for rules that others have published without a ladder."""
+
 
 @dataclass
 class Job:
-    """Everything one process trains with."""
+    """Everything one process trains with; ``parameters`` is what the optimizer owns."""
 
     options: Options
     here: Processes
     model: nn.Module
     optimizer: Optimizer
+    parameters: list[nn.Parameter]
     scheduler: LambdaLR
     loss_fn: LossFn
     batches: Callable[[], Iterator[tuple[int, list[Batch]]]]
+    clip: Callable[[], float | Tensor | None]
     injector: FaultInjector
-
-    @property
-    def parameters(self) -> list[nn.Parameter]:
-        """What the optimizer owns."""
-        return [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
 
 
 def train(job: Job, controller: Controller, record: RunRecorder, progress: Progress) -> None:
     """The loop. Everything a guarded loop needs is the line with ``controller.step``."""
-    model, optimizer, scheduler, options = job.model, job.optimizer, job.scheduler, job.options
+    model, optimizer, scheduler = job.model, job.optimizer, job.scheduler
     for attempt, (number, micro_batches) in enumerate(controller.batches(job.batches())):
         record.begin_batch(number)
         for batch in micro_batches:
-            loss = job.loss_fn(model, batch) / len(micro_batches)
+            loss = job.loss_fn(model, job.injector.batch(attempt, batch)) / len(micro_batches)
             loss.backward()
         job.injector.gradients(attempt, job.parameters)  # a bad batch shows before clipping
-        norm = clip_grad_norm_(model, job.parameters, options.clip_grad_norm) if options.clip_grad_norm else None
-        verdict = controller.step(grad_norm=norm, loss=loss.detach() * len(micro_batches))
+        verdict = controller.step(grad_norm=job.clip(), loss=loss.detach() * len(micro_batches))
         optimizer.zero_grad()
         if verdict.accepted:
             scheduler.step()
@@ -105,17 +112,21 @@ def run(options: Options, task: Task, here: Processes) -> int:
     index, count = data_replica(model)
     _seed(options.seed + 1 + index)  # dropout differs between replicas, not between runs
     optimizer = _optimizer(options, model)
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     job = Job(
         options=options,
         here=here,
         model=model,
         optimizer=optimizer,
+        parameters=parameters,
         scheduler=LambdaLR(optimizer, _factor(options)),
         loss_fn=autocast(cross_entropy, options.parallel, dtype=_dtype(options), device=here.device),
         batches=_batches(options, task, here.device, index, count),
+        clip=_clip(options, model, parameters),
         injector=FaultInjector.parse(options.inject),
     )
-    record = RunRecorder(options, task, here, model)
+    norm = GlobalNorm(model, parameters).of_parameters if options.parameter_norm else None
+    record = RunRecorder(options, task, here, model, norm)
     title = f"{task.name}: {options.parallel} x {here.world_size}, rule {options.rule}"
     try:
         with ExitStack() as stack:
@@ -166,6 +177,7 @@ def _controller(job: Job, task: Task, record: RunRecorder) -> Controller:
     options = job.options
     probe = _probe(job, task.probe_batches(options.probe_size))
     if options.rule == "off":
+        job.injector.hook(job.optimizer)
         return Unguarded(
             job.model,
             job.optimizer,
@@ -181,11 +193,7 @@ def _controller(job: Job, task: Task, record: RunRecorder) -> Controller:
         job.model,
         job.optimizer,
         probe,
-        rule=(
-            FixedInnovation(options.epsilon, options.alpha)
-            if options.rule == "fixed"
-            else PredictiveInnovation(options.false_reject_rate)
-        ),
+        rule=_rule(options),
         guards=(NonFiniteGuard(),),
         extra_state={"scheduler": job.scheduler},
         every=AdaptiveCadence() if options.every == ADAPTIVE else int(options.every),
@@ -194,9 +202,27 @@ def _controller(job: Job, task: Task, record: RunRecorder) -> Controller:
         probe_on=options.probe_on,
         timeout=options.timeout,
         on_event=record.event,
+        **(ALONE if options.rule in ("fixed", "loss-rollback") else {}),
     )
     job.injector.attach(controller)
     return controller
+
+
+def _rule(options: Options) -> Rule:
+    if options.rule == "fixed":
+        return FixedInnovation(options.epsilon, options.alpha)
+    if options.rule == "loss-rollback":
+        return LossRollback(options.loss_sigmas, options.loss_window)
+    return PredictiveInnovation(options.false_reject_rate)
+
+
+def _clip(options: Options, model: nn.Module, parameters: list[nn.Parameter]) -> Callable[[], float | Tensor | None]:
+    """Clips the gradients in place and returns their norm before; None where they are left alone."""
+    if options.zclip:
+        return ZClipper(model, parameters)
+    if options.clip_grad_norm:
+        return partial(clip_grad_norm_, model, parameters, options.clip_grad_norm)
+    return lambda: None
 
 
 def _probe(job: Job, batches: list[Batch]) -> LossProbe:

@@ -32,7 +32,7 @@ def probe_loss(
     Returns:
         A matplotlib figure.
     """
-    figure, axes = _canvas(title, subtitle)
+    figure, axes = canvas(title, subtitle)
     axes.set_xlabel("batch")
     axes.set_ylabel("probe loss (nats)")
     ends: list[tuple[float, str, str]] = []
@@ -52,7 +52,7 @@ def probe_loss(
             ends.append((y[-1], label, color))
         last = max(last, x[-1])
         _mark_refusals(axes, run)
-    _shade(axes, [window for run in runs for window in run.fault_windows()])
+    shade(axes, [window for run in runs for window in run.fault_windows()])
     _frame_interesting(axes, runs)
     axes.set_xlim(0, 1.005 * max(last, 1))
     _label_ends(figure, axes, last, ends)
@@ -64,7 +64,7 @@ def probe_loss(
 
 def innovation(run: RunRecord, *, title: str, subtitle: str = "") -> Any:
     """Innovation of each proposal against the bound it had to stay below."""
-    figure, axes = _canvas(title, subtitle)
+    figure, axes = canvas(title, subtitle)
     axes.set_xlabel("batch")
     axes.set_ylabel("probe minus prediction (nats)")
     bound = run.series("bound")
@@ -81,7 +81,7 @@ def innovation(run: RunRecord, *, title: str, subtitle: str = "") -> Any:
         label="accepted",
         zorder=3,
     )
-    low, high = _innovation_range([e["innovation"] for e in accepted], bound[1], [e["innovation"] for e in refused])
+    low, high = innovation_range([e["innovation"] for e in accepted], bound[1], [e["innovation"] for e in refused])
     for event in refused:  # what lies outside is drawn at the edge
         place = min(max(event["innovation"], 0.95 * low), 0.95 * high)
         axes.scatter(run.batch(event), place, marker="x", s=34, color=COLORS["baseline"], zorder=4)
@@ -93,14 +93,14 @@ def innovation(run: RunRecord, *, title: str, subtitle: str = "") -> Any:
             run.batch(refused[-1]) + 3, 0.95 * high, f"up to {max(outside):+.3g}", va="center", color=FAINT, size=9
         )
     axes.set_ylim(low, high)
-    _shade(axes, run.fault_windows())
+    shade(axes, run.fault_windows())
     axes.legend(loc="upper right", frameon=False, labelcolor=FAINT, ncols=3)
     return figure
 
 
 def gradient_norm(run: RunRecord, *, title: str, subtitle: str = "") -> Any:
     """Global gradient norm before the step, on a logarithmic axis."""
-    figure, axes = _canvas(title, subtitle)
+    figure, axes = canvas(title, subtitle)
     axes.set_xlabel("batch")
     axes.set_ylabel("global gradient norm")
     x, y = run.series("gradient_norm")
@@ -117,7 +117,7 @@ def gradient_norm(run: RunRecord, *, title: str, subtitle: str = "") -> Any:
     )
     if y and min(y) > 0:
         axes.set_yscale("log")
-    _shade(axes, run.fault_windows())
+    shade(axes, run.fault_windows())
     if refused:
         axes.legend(loc="upper right", frameon=False, labelcolor=FAINT)
     return figure
@@ -136,7 +136,8 @@ def to_png(figure: Any) -> bytes:
     return buffer.getvalue()
 
 
-def _canvas(title: str, subtitle: str) -> tuple[Any, Any]:
+def canvas(title: str, subtitle: str) -> tuple[Any, Any]:
+    """An empty figure in the project's style, and its axes."""
     # The object interface with the Agg canvas: no display, no global state, no leak over many figures.
     figure_module = import_extra("matplotlib.figure", "a figure")
     backend = import_extra("matplotlib.backends.backend_agg", "a figure")
@@ -157,12 +158,13 @@ def _canvas(title: str, subtitle: str) -> tuple[Any, Any]:
     return figure, axes
 
 
-def _shade(axes: Any, windows: Iterable[tuple[int, int]]) -> None:
+def shade(axes: Any, windows: Iterable[tuple[int, int]]) -> None:
+    """Mark stretches of attempts, first and last one given, as those with a fault."""
     for begin, end in sorted(set(windows)):
         axes.axvspan(begin - 0.5, end + 0.5, color=WINDOW, linewidth=0, zorder=0)
 
 
-def _innovation_range(
+def innovation_range(
     accepted: Sequence[float], bounds: Sequence[float], refused: Sequence[float]
 ) -> tuple[float, float]:
     """Limits of the axis that show the steady part of a run well, and refusals where they are not far outside."""

@@ -12,7 +12,7 @@ from dist_stability.report.events import read_events, read_json
 from dist_stability.testing import FaultInjector
 
 REFUSALS = ("veto", "rollback", "deep_rollback", "reload")
-FAULTS_IN_NUMBERS = ("gradient-scale", "nan", "inf", "bit-flip")
+FAULTS_IN_NUMBERS = ("gradient-scale", "nan", "inf", "bit-flip", "shuffled-labels", "learning-rate")
 
 
 class NoRun(RuntimeError):

@@ -30,11 +30,19 @@ KEYS = {
     "kill": ("step", "phase", "rank"),
     "stop": ("step", "phase", "rank"),
     "exit": ("step", "phase", "rank", "code"),
+    "shuffled-labels": ("step", "length", "rank"),
+    "learning-rate": ("step", "factor", "length", "rank"),
 }
 """For each kind of fault, the keys of its text; the rest of :class:`Fault` does not apply to it."""
 
 KINDS = tuple(KEYS)
 """Names of all kinds of faults."""
+
+OUTSIDE = {"shuffled-labels": "batch", "learning-rate": "optimizer"}
+"""Kinds that act where the controller has no phase: on the batch before its forward, around ``optimizer.step()``."""
+
+DRAWN_KINDS = tuple(kind for kind in KINDS if kind not in OUTSIDE)
+"""What :meth:`FaultInjector.random` draws from unless told otherwise."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,10 +53,10 @@ class Fault:
         kind: One of :data:`KINDS`.
         step: First attempt it acts in.
         phase: One of :data:`PHASES` or :data:`LOSS_PHASES`. Faults in numbers set it themselves: they act on
-            "gradients" or, a bit flip in a parameter, "after step".
+            "gradients", a bit flip in a parameter "after step", those of :data:`OUTSIDE` where it says.
         rank: Global rank it acts on; None for every rank.
         length: Number of consecutive attempts it acts in.
-        factor: What gradients are multiplied by ("gradient-scale").
+        factor: What gradients ("gradient-scale") or learning rates ("learning-rate") are multiplied by.
         where: "gradient", "parameter" or "snapshot" ("bit-flip"): the largest element of this rank's shards is hit.
         bit: One of :data:`BITS` ("bit-flip").
         seconds: How long to sleep ("sleep").
@@ -69,11 +77,13 @@ class Fault:
     def __post_init__(self) -> None:
         """Refuse what could never fire."""
         one_of("kind of fault", self.kind, KINDS)
-        one_of("phase", self.phase, PHASES + LOSS_PHASES)
         one_of("place of a bit flip", self.where, tuple(PLACES))
         one_of("bit", self.bit, BITS)
-        if "phase" not in KEYS[self.kind]:
-            object.__setattr__(self, "phase", PLACES[self.where] if self.kind == "bit-flip" else "gradients")
+        if "phase" in KEYS[self.kind]:
+            one_of("phase", self.phase, PHASES + LOSS_PHASES)
+        else:
+            phase = PLACES[self.where] if self.kind == "bit-flip" else OUTSIDE.get(self.kind, "gradients")
+            object.__setattr__(self, "phase", phase)
         if self.step < 0 or self.length < 1:
             raise ValueError(f"fault {self.kind}: step must be >= 0 and length >= 1, got {self.step} and {self.length}")
 

@@ -1,15 +1,18 @@
 """Faults on purpose, keyed by (rank, step, phase): the same ones with the controller and without it.
 
-A :class:`FaultInjector` holds a list of :class:`Fault` and can reach a run in three ways, which may be combined:
+A :class:`FaultInjector` holds a list of :class:`Fault` and can reach a run in these ways, which may be combined:
 
 * ``injector.attach(controller)`` listens to the phases of the guarded step, so it can act anywhere in it;
-* ``injector.gradients(step, parameters)`` between ``backward()`` and the optimizer step, and
-  ``injector.weights(step, parameters)`` after it, do the same in a plain loop (an unguarded baseline);
+* ``injector.gradients(step, parameters)`` between ``backward()`` and the optimizer step,
+  ``injector.weights(step, parameters)`` after it, and ``injector.hook(optimizer)``, once, before the first, do the same
+  in a plain loop (an unguarded baseline);
+* ``batch = injector.batch(step, batch)`` before the forward lets faults act on what is trained on, in either loop;
 * ``probe=LossProbe(injector.wrap_loss(loss_fn), batches)`` lets faults act in the probe's loss function.
 
-A fault acts at most once in an attempt, so a loop that calls ``gradients`` before it clips may also be attached. What
-fired on this rank is in ``injector.fired``. Nothing here is random: :meth:`FaultInjector.random` draws the faults when
-it is built, from a seed. ``step`` is the attempt index everywhere (0 for the first call of ``step()``).
+A fault acts at most once in an attempt (on every micro-batch of it), so a loop that calls ``gradients`` before it clips
+may also be attached. What fired on this rank is in ``injector.fired``. Nothing here is random:
+:meth:`FaultInjector.random` draws the faults when it is built, from a seed, and labels are shuffled in an order that
+depends on the attempt alone. ``step`` is the attempt index everywhere (0 for the first call of ``step()``).
 
 Source: the list of process faults is nvidia-resiliency-ext's, the keyed injector with a fluent builder torchft's.
 """
@@ -26,10 +29,12 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from dist_stability import parallel
+from dist_stability.learning_rate import RateCut
 
-from .fault import BITS, KINDS, LOSS_PHASES, PHASES, PLACES, Fault, parse
+from .fault import BITS, DRAWN_KINDS, LOSS_PHASES, PHASES, PLACES, Fault, parse
 
 _LAYOUTS = {  # dtype -> (integer dtype of the same width, bits, mantissa bits)
     torch.float64: (torch.int64, 64, 52),
@@ -60,6 +65,7 @@ class FaultInjector:
         self.fired: dict[Fault, list[int]] = {}
         self._controller: Any = None
         self._now: tuple[int, str] = (-1, "")
+        self._hooked: list[Optimizer] = []
 
     @classmethod
     def parse(cls, specs: Iterable[str]) -> FaultInjector:
@@ -72,7 +78,7 @@ class FaultInjector:
 
     @classmethod
     def random(
-        cls, seed: int, world_size: int, steps: int, *, start: int = 0, kinds: Sequence[str] = KINDS
+        cls, seed: int, world_size: int, steps: int, *, start: int = 0, kinds: Sequence[str] = DRAWN_KINDS
     ) -> FaultInjector:
         """One fault whose kind, rank, step, phase and strength are drawn from a seed.
 
@@ -118,6 +124,16 @@ class FaultInjector:
         """Flip a bit of the largest element of one rank's gradients, parameters, or safe snapshot."""
         return self.add(Fault("bit-flip", step, rank=rank, length=length, where=where, bit=bit))
 
+    def shuffle_labels(self, step: int, *, length: int = 1, rank: int | None = None) -> FaultInjector:
+        """Permute the targets of every batch in ``length`` attempts from ``step`` on."""
+        return self.add(Fault("shuffled-labels", step, length=length, rank=rank))
+
+    def scale_learning_rate(
+        self, step: int, factor: float, *, length: int = 1, rank: int | None = None
+    ) -> FaultInjector:
+        """Multiply every learning rate by ``factor`` in ``length`` attempts from ``step`` on."""
+        return self.add(Fault("learning-rate", step, factor=factor, length=length, rank=rank))
+
     def fail(self, step: int, phase: str, *, rank: int | None = None, length: int = 1) -> FaultInjector:
         """Raise :class:`InjectedFault` in a phase."""
         return self.add(Fault("raise", step, phase, rank, length))
@@ -139,17 +155,48 @@ class FaultInjector:
         return self.add(Fault("exit", step, phase, rank, code=code))
 
     def attach(self, controller: Any) -> FaultInjector:
-        """Act in the phases of this controller's steps, on the parameters of its optimizers.
+        """Act in the phases of this controller's steps, on the parameters and learning rates of its optimizers.
 
         Args:
-            controller: A :class:`~dist_stability.StabilityController`.
+            controller: A :class:`~dist_stability.StabilityController`; if it is to be attached itself, it must be
+                already.
         """
         self._controller = controller
         controller.add_phase_listener(self._listen)
+        return self.hook(*controller._optimizers)
+
+    def hook(self, *optimizers: Optimizer) -> FaultInjector:
+        """Let learning-rate faults act around every step of these optimizers, and nowhere else.
+
+        The learning rate is put back to the bit when the step is over. Which attempt it is was said last by the
+        attached controller or, in a plain loop, by :meth:`batch` or :meth:`gradients`. Hooking an optimizer again does
+        nothing.
+        """
+        for optimizer in optimizers:
+            if not any(optimizer is known for known in self._hooked):
+                self._hooked.append(optimizer)
+                self._hook(optimizer)
         return self
+
+    def batch(self, step: int, batch: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        """What any loop calls before the forward of each micro-batch, and trains on instead.
+
+        Args:
+            step: The attempt.
+            batch: Inputs and targets; never written to. Targets change places among all positions of this batch: in
+                the same way on every rank, and at every micro-batch of an attempt.
+        """
+        self._now = (step, "batch")
+        for fault in self._due(step, "batch"):
+            self._note(fault, step)
+            inputs, targets = batch
+            order = torch.randperm(targets.numel(), generator=torch.Generator().manual_seed(step))
+            batch = inputs, targets.flatten()[order.to(targets.device)].view_as(targets)
+        return batch
 
     def gradients(self, step: int, parameters: Iterable[nn.Parameter]) -> None:
         """What a plain loop calls between ``backward()`` (and unscaling) and the optimizer step."""
+        self._now = (step, "gradients")
         self._fire(step, "gradients", list(parameters))
 
     def weights(self, step: int, parameters: Iterable[nn.Parameter]) -> None:
@@ -168,7 +215,7 @@ class FaultInjector:
             if phase != "probe":
                 return loss_fn(model, batch)
             self._fire(step, "loss before forward", [])
-            inside = any(fault.due(_rank(), step, "loss in forward") for fault in self.faults)
+            inside = bool(self._due(step, "loss in forward"))
             leaves = [module for module in model.modules() if inside and not any(module.children())]
             hooks = [
                 leaf.register_forward_pre_hook(lambda *_: self._fire(step, "loss in forward", [])) for leaf in leaves
@@ -185,18 +232,46 @@ class FaultInjector:
 
     def _listen(self, step: int, phase: str) -> None:
         self._now = (step, phase)
-        if any(fault.due(_rank(), step, phase) for fault in self.faults):
+        if self._due(step, phase):
             # Private on purpose: what a fault may reach is nothing that a user should.
             optimizers = self._controller._optimizers
             self._fire(step, phase, [p for o in optimizers for group in o.param_groups for p in group["params"]])
 
+    def _hook(self, optimizer: Optimizer) -> None:
+        rates = RateCut([optimizer])
+
+        def before(*_: Any) -> None:
+            nonlocal rates
+            rates = RateCut([optimizer])  # a step that raised has put nothing back: its rollback did
+            step = self._now[0]
+            factor = 1.0
+            for fault in self._due(step, "optimizer"):
+                self._note(fault, step)
+                factor *= fault.factor
+            rates.apply(factor)
+
+        optimizer.register_step_pre_hook(before)
+        handle = optimizer.register_step_post_hook(lambda *_: rates.undo())
+        # First of all: an attached controller closes its attempt in such a hook, and the rate must be the true one by
+        # then. Optimizers, unlike modules, have no `prepend=True` for their hooks.
+        hooks: Any = optimizer._optimizer_step_post_hooks  # an OrderedDict, typed as a dict
+        hooks.move_to_end(handle.id, last=False)
+
+    def _due(self, step: int, phase: str) -> list[Fault]:
+        return [fault for fault in self.faults if fault.due(_rank(), step, phase)]
+
+    def _note(self, fault: Fault, step: int) -> None:
+        steps = self.fired.setdefault(fault, [])
+        if step not in steps:
+            steps.append(step)
+
     def _fire(self, step: int, phase: str, parameters: list[nn.Parameter]) -> None:
-        for fault in self.faults:
-            if not fault.due(_rank(), step, phase) or step in self.fired.get(fault, ()):
+        for fault in self._due(step, phase):
+            if step in self.fired.get(fault, ()):
                 continue
             if fault.where == "snapshot" and self._controller is None:
                 continue  # a plain loop has no snapshot to damage
-            self.fired.setdefault(fault, []).append(step)
+            self._note(fault, step)
             self._act(fault, parameters)
 
     def _act(self, fault: Fault, parameters: list[nn.Parameter]) -> None:

@@ -18,6 +18,8 @@ def test_defaults_depend_on_the_number_of_processes() -> None:
     assert parse("", 2).parallel == "ddp"
     options = parse("--rule fixed")
     assert (options.epsilon, options.alpha, options.false_reject_rate) == (0.5, 0.1, 5e-4)
+    assert (options.loss_sigmas, options.loss_window) == (6.0, 128)
+    assert (options.zclip, options.parameter_norm) == (False, False)
 
 
 @pytest.mark.parametrize(
@@ -42,6 +44,12 @@ def test_defaults_depend_on_the_number_of_processes() -> None:
         ("--false-reject-rate 0.1 --rule fixed", 2, "--false-reject-rate"),
         ("--false-reject-rate 0.7", 2, "--false-reject-rate 0.7"),
         ("--alpha 2 --rule fixed", 2, "--alpha 2"),
+        ("--loss-sigmas 6", 2, "--loss-sigmas: belongs to --rule loss-rollback"),
+        ("--loss-window 32 --rule fixed", 2, "--loss-window: belongs to --rule loss-rollback"),
+        ("--loss-sigmas 0 --rule loss-rollback", 2, "--loss-sigmas"),
+        ("--loss-window 7 --rule loss-rollback", 2, "--loss-window"),
+        ("--zclip --rule off --clip-grad-norm 1", 2, "--zclip: excludes --clip-grad-norm"),
+        ("--zclip", 2, "--zclip: clips instead of refusing, so it needs --rule off"),
         ("--observe --rule off", 2, "--observe"),
         ("--dropout 0.1 --task digits", 2, "--dropout"),
         ("--dropout 1.0", 2, "--dropout 1.0"),
@@ -50,6 +58,8 @@ def test_defaults_depend_on_the_number_of_processes() -> None:
         ("--inject earthquake:step=3", 2, "--inject"),
         ("--inject nan:step=3,rank=2", 2, "--inject"),
         ("--inject nan:step=300,rank=0", 2, "--inject"),
+        ("--inject learning-rate:step=300", 2, "--inject"),
+        ("--inject shuffled-labels:step=3,rank=2", 2, "--inject"),
         ("--skip-batches 5-3", 2, "--skip-batches"),
         ("--skip-batches 300", 2, "--skip-batches"),
         ("--skip-batches 0-7 --steps 8 --warmup 1", 2, "--skip-batches"),

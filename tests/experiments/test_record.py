@@ -64,6 +64,8 @@ def test_a_batch_that_stands_after_its_replay_was_not_refused(tmp_path: Path) ->
             (1, event(4, "rollback", 9.0)),
             (2, event(5, "attenuate", 4.5)),
             (3, event(6, "reload", 9.0, (3, 5))),
+            (4, event(7, "attenuate", 4.6)),
+            (5, event(8, "commit", 4.5)),
         ]
         for batch, what in said:
             record.begin_batch(batch)
@@ -71,7 +73,21 @@ def test_a_batch_that_stands_after_its_replay_was_not_refused(tmp_path: Path) ->
         record.finish()
     summary = read_json(tmp_path / "summary.json")
     assert summary["refused"] == [2, 1, 3] and summary["undone"] == [0, 1, 2]
-    assert summary["rungs"] == {"skip": 2, "attenuate": 1, "reload": 1}
+    assert summary["rungs"] == {"skip": 2, "attenuate": 2, "reload": 1}
+    assert summary["attenuated"] == [4], "that of batch 2 was taken back"
+
+
+def test_the_norm_is_of_the_state_after_each_attempt_and_asked_for_on_every_rank(tmp_path: Path) -> None:
+    options = parse_options(["--out", str(tmp_path)], 2)
+    task, here = make_task("text"), torch.device("cpu")
+    for rank in (0, 1):
+        norms = iter([7.0, math.inf])
+        with RunRecorder(options, task, Processes(rank, 2, here), task.build(), lambda: next(norms)) as record:  # noqa: B023
+            record.begin_batch(0)
+            record.event(event(0, "commit", 1.0))
+            record.event(event(1, "rollback", 2.0))
+        assert next(norms, None) is None
+    assert [e["parameter_norm"] for e in read_events(tmp_path / "events.jsonl")] == [7.0, math.inf]
 
 
 def test_other_ranks_keep_quiet_and_an_old_summary_is_removed(tmp_path: Path) -> None:

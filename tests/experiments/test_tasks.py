@@ -30,6 +30,21 @@ def test_text_is_learned_from_one_part_and_measured_on_two_others() -> None:
     assert int(probe.indices.max()) + text.CONTEXT < int(evaluation.indices.min()) + 1
 
 
+def test_the_phrase_is_repeated_and_long_enough_for_the_papers_protocol() -> None:
+    task = make_task("phrase")
+    assert isinstance(task.train, Windows) and isinstance(task.probe, Subset)
+    assert task.data == "one phrase, repeated"
+    assert len(task.train) >= 250 * 64  # no window twice in 250 batches of 64
+    period = len(text.PHRASE)
+    assert period == 79 and text.repeated_phrase()[: 2 * period] == 2 * text.PHRASE
+    assert torch.equal(task.train.tokens[:-period], task.train.tokens[period:])
+    assert int(task.probe.indices.max()) + text.CONTEXT < int(task.evaluation.indices.min()) + 1
+    probe = task.probe_batches(16)[0][0]
+    assert len(probe.unique(dim=0)) == 16, "the probe's windows begin at different places of the phrase"
+    model = task.build()
+    assert model.token.weight.shape == (28, 64) and [b.heads for b in model.blocks] == [4, 4]
+
+
 def test_the_text_model_cannot_see_the_future() -> None:
     torch.manual_seed(0)
     model = text.CharacterTransformer(11, context=8, width=16)
@@ -49,12 +64,12 @@ def test_dropout_is_off_by_default_and_acts_in_training_only() -> None:
     assert torch.equal(dropping.eval()(tokens), dropping(tokens))
 
 
-@pytest.mark.parametrize("name", ["text", "digits"])
+@pytest.mark.parametrize("name", ["text", "phrase", "digits"])
 def test_a_task_fits_its_model_and_loss(name: str) -> None:
     task = make_task(name)
     torch.manual_seed(0)
     model = task.build()
-    assert len(task.blocks(model)) == (2 if name == "text" else 8)
+    assert len(task.blocks(model)) == (8 if name == "digits" else 2)
     loss = cross_entropy(model, task.train.batch(torch.arange(4)))
     assert loss.ndim == 0 and 1.0 < loss.item() < 8.0
     assert [len(inputs) for inputs, _ in task.probe_batches(8, pieces=2)] == [4, 4]
@@ -72,7 +87,7 @@ def test_digits_are_32_by_32_in_three_channels_and_a_fifth_is_held_out() -> None
 
 
 def test_an_unknown_task_lists_the_known_ones() -> None:
-    with pytest.raises(ValueError, match="'imagenet': choose from text, digits, cifar10"):
+    with pytest.raises(ValueError, match="'imagenet': choose from text, phrase, digits, cifar10"):
         make_task("imagenet")
 
 

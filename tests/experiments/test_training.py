@@ -83,6 +83,74 @@ def test_a_fault_hits_the_unguarded_run_too(tmp_path: Path) -> None:
         assert faulty["probe"]["value"][first] != clean["probe"]["value"][first]
 
 
+@pytest.mark.parametrize("fault", ["shuffled-labels:step=3,length=2", "learning-rate:step=3,factor=30,length=2"])
+def test_a_fault_that_is_let_through_is_the_same_guarded_and_not(tmp_path: Path, fault: str) -> None:
+    tolerant = ("--rule", "fixed", "--epsilon", "1000")
+    extra = ("--inject", fault, "--state-digest", "--accumulate", "2", "--clip-grad-norm", "1")
+    arms = {name: run(tmp_path / name, *rule, *extra) for name, rule in (("on", tolerant), ("off", ("--rule", "off")))}
+    clean = run(tmp_path / "clean", "--rule", "off", *extra[2:])
+    assert arms["on"]["probe"] == arms["off"]["probe"]
+    assert differences(state(tmp_path / "on"), state(tmp_path / "off")) == []
+    assert arms["off"]["probe"]["value"][:3] == clean["probe"]["value"][:3]
+    assert arms["off"]["probe"]["value"][3] != clean["probe"]["value"][3]
+    # The learning rate after the fault is the clean run's, to the bit: it is in the digests.
+    rates = [{k: v for k, v in state(tmp_path / n).items() if "lr" in k or "scheduler" in k} for n in ("on", "clean")]
+    assert rates[0] and rates[0] == rates[1]
+
+
+def test_the_twin_of_a_run_that_refused_shuffled_labels_is_equal(tmp_path: Path) -> None:
+    steep = ("--task", "phrase", "--steps", "38", "--batch-size", "16", "--lr", "5e-3", "--schedule", "constant")
+    steep += ("--state-digest",)
+    fault = ("--inject", "shuffled-labels:step=32,length=3")
+    guarded = run(tmp_path / "guarded", "--rule", "fixed", "--epsilon", "0.02", "--alpha", "1", *steep, *fault)
+    assert guarded["refused"] == [32, 33, 34] and guarded["undone"] == guarded["attenuated"] == []
+    run(tmp_path / "twin", "--rule", "off", "--skip-batches", "32-34", *steep)
+    assert differences(state(tmp_path / "guarded"), state(tmp_path / "twin")) == []
+
+
+def test_rules_of_others_are_not_helped_by_the_trend_or_the_ladder(tmp_path: Path) -> None:
+    # Nine refusals in a row: the default ladder would try shorter steps from the fourth on.
+    arms = {}
+    for rule in (("fixed", "--epsilon", "0", "--alpha", "0.001"), ("loss-rollback", "--loss-sigmas", "1e-9")):
+        arms[rule[0]] = run(tmp_path / rule[0], "--rule", *rule, "--steps", "24", "--lr", "1.0", "--batch-size", "8")
+        assert len(arms[rule[0]]["refused"]) >= 9
+        assert set(arms[rule[0]]["rungs"]) <= {"skip", "deep_rollback"} and arms[rule[0]]["warnings"] == 0
+
+
+def test_loss_rollback_undoes_the_steps_before_a_spike(tmp_path: Path) -> None:
+    fault = ("--inject", "learning-rate:step=28,factor=100")
+    long = ("--steps", "34", "--task", "phrase", "--batch-size", "16", "--lr", "5e-3", "--state-digest")
+    rule = ("--rule", "loss-rollback", "--loss-sigmas", "3", "--loss-window", "8")
+    summary = run(tmp_path / "guarded", *rule, *fault, *long)
+    refusal = next(e for e in read_events(tmp_path / "guarded" / "events.jsonl") if e["action"] != "commit")
+    assert refusal["attempt"] == 29, "one step late: the loss of the next batch shows what the faulty step did"
+    assert refusal["action"] == "deep_rollback" and refusal["undone"] == list(range(16, 29))
+    assert summary["refused"] == [29] and summary["undone"] == list(range(16, 29))
+    run(tmp_path / "twin", "--rule", "off", "--skip-batches", "16-29", *long)
+    assert differences(state(tmp_path / "guarded"), state(tmp_path / "twin")) == []
+
+
+def test_zclip_takes_the_edge_off_a_burst_of_gradients(tmp_path: Path) -> None:
+    burst = ("--rule", "off", "--steps", "30", "--optimizer", "sgd", "--lr", "0.1", "--inject")
+    fault = "gradient-scale:step=27,factor=1000"
+    plain, clipped = (run(tmp_path / str(len(o)), *burst, fault, *o) for o in ((), ("--zclip",)))
+    norms = [event["gradient_norm"] for event in read_events(tmp_path / "1" / "events.jsonl")]
+    assert norms[27] > 300 * max(norms[20:27]), "logged as it was before clipping"
+    assert clipped["probe"]["value"][:25] == plain["probe"]["value"][:25], "the first 25 are not clipped"
+    assert clipped["probe"]["value"][27] < clipped["probe"]["value"][24] + 0.1 < plain["probe"]["value"][27] - 0.5
+
+
+def test_the_parameter_norm_changes_nothing_and_is_that_of_the_standing_state(tmp_path: Path) -> None:
+    fault = ("--inject", "nan:step=3,rank=0", "--state-digest")
+    measured = run(tmp_path / "measured", *fault, "--parameter-norm")
+    plain = run(tmp_path / "plain", *fault)
+    assert measured["probe"] == plain["probe"]
+    assert differences(state(tmp_path / "measured"), state(tmp_path / "plain")) == []
+    norms = [event["parameter_norm"] for event in read_events(tmp_path / "measured" / "events.jsonl")]
+    assert norms[3] == norms[2] and len(set(norms)) == 7, "a refused attempt leaves the norm before it"
+    assert "parameter_norm" not in read_events(tmp_path / "plain" / "events.jsonl")[0]
+
+
 def test_observe_says_what_it_would_do_and_does_nothing(tmp_path: Path) -> None:
     observed = run(tmp_path, "--observe", "--rule", "fixed", "--epsilon", "0")
     assert observed["refused"] == []

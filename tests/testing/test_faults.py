@@ -9,7 +9,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from dist_stability import LossProbe, StabilityController
 from dist_stability.testing import BITS, Fault, FaultInjector, InjectedFault, flip_largest
+from dist_stability.testing.fault import DRAWN_KINDS, KINDS
 
 
 def parameters(*values: float) -> list[nn.Parameter]:
@@ -145,6 +147,131 @@ def test_the_loss_function_fails_in_the_probe_only(where: str) -> None:
     assert not any(module._forward_pre_hooks for module in model.modules()), "no hook is left behind"
 
 
+def test_shuffled_labels_change_places_in_their_attempts_only() -> None:
+    injector = FaultInjector().shuffle_labels(step=2, length=2)
+    inputs, targets = torch.arange(12.0).view(3, 4), torch.arange(12).view(3, 4)
+    seen = [injector.batch(step, (inputs, targets)) for step in range(5)]
+    assert all(x is inputs for x, _ in seen)
+    assert [y is targets for _, y in seen] == [True, True, False, False, True]
+    for _, shuffled in seen[2:4]:
+        assert shuffled.shape == targets.shape and not torch.equal(shuffled, targets)
+        assert sorted(shuffled.flatten().tolist()) == list(range(12))
+    assert not torch.equal(seen[2][1], seen[3][1])
+    assert torch.equal(targets, torch.arange(12).view(3, 4)), "the loader's own tensor is not written to"
+    # Every micro-batch of an attempt, and the same on every machine; it counts once.
+    assert torch.equal(injector.batch(2, (inputs, targets))[1], seen[2][1])
+    assert injector.fired == {injector.faults[0]: [2, 3]}
+
+
+def test_shuffled_labels_spare_other_ranks_and_the_random_stream() -> None:
+    labels = torch.arange(9)
+    torch.manual_seed(3)
+    before = torch.get_rng_state()
+    assert FaultInjector().shuffle_labels(0, rank=1).batch(0, (labels, labels))[1] is labels
+    FaultInjector().shuffle_labels(0).batch(0, (labels, labels))
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def rates_of_steps(optimizer: torch.optim.Optimizer) -> tuple[list[list[float]], list[list[float]]]:
+    """Learning rates inside each step, and right after it as the first hook but the injector's sees them."""
+    inside: list[list[float]] = []
+    after: list[list[float]] = []
+
+    def rates() -> list[float]:
+        return [float(group["lr"]) for group in optimizer.param_groups]
+
+    step = type(optimizer).step.__wrapped__
+
+    def spy(self, closure=None):
+        inside.append(rates())
+        return step(self, closure)
+
+    optimizer.step = type(optimizer).profile_hook_step(spy).__get__(optimizer)
+    optimizer.register_step_post_hook(lambda *_: after.append(rates()))
+    return inside, after
+
+
+@pytest.mark.parametrize("tensor", [False, True])
+def test_learning_rates_are_scaled_in_the_step_alone_and_put_back_to_the_bit(tensor: bool) -> None:
+    params, low, high = parameters(1.0, 2.0), 0.1, 0.3
+    rates = [torch.tensor(low), torch.tensor(high)] if tensor else [low, high]
+    groups = [{"params": [p], "lr": rate} for p, rate in zip(params, rates, strict=True)]
+    optimizer = torch.optim.AdamW(groups, capturable=False, foreach=False)
+    inside, after = rates_of_steps(optimizer)
+    injector = FaultInjector().scale_learning_rate(2, 30.0, length=2).hook(optimizer).hook(optimizer)
+    for step in range(5):
+        injector.gradients(step, params)
+        optimizer.step()
+        assert all(group["lr"] is rate for group, rate in zip(optimizer.param_groups, rates, strict=True))
+    true = [float(rate) for rate in rates]
+    assert after == [true] * 5, "also before any other hook that runs after the step"
+    assert [pair == true for pair in inside] == [True, True, False, False, True]
+    assert inside[2] == pytest.approx([3.0, 9.0]) and inside[3] == inside[2]
+    assert injector.fired == {injector.faults[0]: [2, 3]}
+
+
+class Failing(torch.optim.SGD):
+    """Fails in the steps it is told to."""
+
+    fails = False
+
+    def step(self, closure=None):
+        if self.fails:
+            raise RuntimeError("no step")
+        return super().step(closure)
+
+
+def test_a_step_that_raised_leaves_no_learning_rate_to_be_put_back_later() -> None:
+    params = parameters(1.0)
+    optimizer = Failing(params, lr=0.1)
+    injector = FaultInjector().scale_learning_rate(0, 30.0).hook(optimizer)
+    injector.gradients(0, params)
+    optimizer.fails = True
+    with pytest.raises(RuntimeError, match="no step"):
+        optimizer.step()
+    optimizer.fails, optimizer.param_groups[0]["lr"] = False, 0.05  # whoever caught it went back, and has gone on since
+    injector.gradients(1, params)
+    optimizer.step()
+    assert optimizer.param_groups[0]["lr"] == 0.05 and params[0][0].item() == pytest.approx(0.95)
+
+
+@pytest.mark.parametrize("form", ["step", "attach"])
+def test_guarded_and_plain_loops_take_the_same_steps_of_the_wrong_length(form: str) -> None:
+    specs = ["learning-rate:step=1,factor=30,length=2", "shuffled-labels:step=4"]
+    probe = LossProbe(lambda model, batch: model(batch).square().mean(), [torch.ones(1, 2)])
+    results = []
+    for guarded in (False, True):
+        torch.manual_seed(0)
+        model = nn.Linear(2, 1)
+        optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
+        injector, controller = FaultInjector.parse(specs), None
+        if guarded:
+            controller = StabilityController(model, optimizer, probe)
+            if form == "attach":
+                controller.attach()
+            injector.attach(controller)
+        else:
+            injector.hook(optimizer)
+        for step in range(6):
+            x, y = injector.batch(step, (torch.randn(4, 2), torch.randn(4, 1)))
+            (model(x) - y).square().mean().backward()
+            if controller is None:
+                injector.gradients(step, model.parameters())
+                optimizer.step()
+            elif form == "step":
+                assert controller.step().accepted
+            else:
+                optimizer.step()
+                assert controller.verdict is not None and controller.verdict.accepted
+            optimizer.zero_grad()
+            assert optimizer.param_groups[0]["lr"] == 1e-3
+        if controller is not None:
+            controller.close()
+        results.append([p.detach().clone() for p in model.parameters()])
+        assert [len(steps) for steps in injector.fired.values()] == [2, 1]
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
 SPECS = [
     "gradient-scale:step=120,factor=30.0,length=10",
     "nan:step=5,rank=1",
@@ -158,6 +285,8 @@ SPECS = [
     "kill:step=1,phase=vote,rank=1",
     "stop:step=1,phase=vote,rank=1",
     "exit:step=1,phase=copy,rank=1,code=3",
+    "shuffled-labels:step=120,length=10",
+    "learning-rate:step=120,factor=30.0,length=3",
 ]
 
 
@@ -184,6 +313,9 @@ def test_text_and_faults_are_the_same_thing() -> None:
         ("bit-flip:step=1,where=optimizer", "'optimizer'; known: gradient, parameter, snapshot"),
         ("bit-flip:step=1,bit=31", "'31'; known: sign"),
         ("gradient-scale:step=1,length=0", "length >= 1"),
+        ("shuffled-labels:step=1,factor=3", "'factor'; known: step, length, rank"),
+        ("learning-rate:step=1,phase=batch", "'phase'; known: step, factor, length, rank"),
+        ("raise:step=1,phase=batch", "'batch'; known: gradients"),
     ],
 )
 def test_a_wrong_text_is_told_what_is_known(spec: str, says: str) -> None:
@@ -195,7 +327,10 @@ def test_a_seed_gives_the_same_fault_everywhere() -> None:
     drawn = [FaultInjector.random(seed, 2, 14, start=3).faults for seed in range(300)]
     assert drawn == [FaultInjector.random(seed, 2, 14, start=3).faults for seed in range(300)]
     faults = [fault for (fault,) in drawn]
-    assert {fault.kind for fault in faults} == set(SPECS[i].split(":")[0] for i in range(len(SPECS)))
+    assert {fault.kind for fault in faults} == set(DRAWN_KINDS)
+    assert set(KINDS) == {spec.split(":")[0] for spec in SPECS}
+    # Tests elsewhere rely on what a seed draws: a new kind must not move it.
+    assert DRAWN_KINDS == ("gradient-scale", "nan", "inf", "bit-flip", "raise", "sleep", "kill", "stop", "exit")
     assert {fault.step for fault in faults} == set(range(3, 14))
     assert {fault.rank for fault in faults} == {0, 1, None}
     for fault in faults:

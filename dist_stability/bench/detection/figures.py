@@ -59,7 +59,7 @@ def roc(curves: Mapping[str, Sequence[Mapping[str, Any]]], *, subtitle: str) -> 
     axes.set_axisbelow(True)
     for side in ("top", "right"):
         axes.spines[side].set_visible(False)
-    axes.legend(
-        loc="upper left", bbox_to_anchor=(1.02, 1.0), frameon=False, fontsize=8.5, title="probe -   loss - -   norm ..."
-    )
+    if any(curves.values()):
+        title = "probe -   loss - -   norm ..."
+        axes.legend(loc="upper left", bbox_to_anchor=(1.02, 1.0), frameon=False, fontsize=8.5, title=title)
     return figure

@@ -7,6 +7,7 @@ from typing import Any
 
 from dist_stability.bench.detection import figures, tables
 from dist_stability.report import html
+from dist_stability.report.markdown import markdown
 from dist_stability.report.plots import save_png, to_png
 
 
@@ -39,11 +40,11 @@ def write_pages(out: Path, summary: dict[str, Any]) -> None:
         " (quick run: no figure here means anything)" * summary["quick"]
     )
     text = f"# {title}\n\n" + "\n".join(
-        f"## {head}\n\n{note + chr(10) * 2 if note else ''}{tables.markdown(table)}" for head, note, table in sections
+        f"## {head}\n\n{note + chr(10) * 2 if note else ''}{markdown(*table)}" for head, note, table in sections
     )
     (out / "tables.md").write_text(text, encoding="utf-8")
     parts = []
-    if summary.get("roc"):
+    if "roc" in summary:
         kept = summary["recordings"]
         subtitle = (
             f"{kept['clean_steps']} clean steps and {kept['events']} events, seeds {summary['seeds']['reporting']}"

@@ -8,7 +8,6 @@ from statistics import median
 from typing import Any
 
 from dist_stability.bench.detection.events import SIZES
-from dist_stability.report import html
 
 Table = tuple[Sequence[str], list[list[Any]]]
 """Head and rows."""
@@ -179,14 +178,6 @@ def closed_loop_table(summary: Mapping[str, Mapping[str, Any]]) -> Table:
         for arm, row in summary.items()
     ]
     return [*head, "deep", "stopped", "warned"], rows
-
-
-def markdown(table: Table) -> str:
-    """A table as Markdown."""
-    head, rows = table
-    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
-    lines += ["| " + " | ".join(html.text(cell) for cell in row) + " |" for row in rows]
-    return "\n".join(lines) + "\n"
 
 
 def _short(value: float | None, digits: int = 3) -> str:
