@@ -21,6 +21,7 @@ import torch.distributed as dist
 
 from dist_stability.bench.detection.cells import Cell, ClosedFault, ClosedTask
 from dist_stability.bench.detection.closed_runs import Arms, Group
+from dist_stability.experiments.workers import begin
 
 _PIECE = 9  # faults of one job
 
@@ -86,7 +87,7 @@ def run(
             run_group(*job, arms, take)
     elif jobs:
         context = multiprocessing.get_context("spawn")
-        with ProcessPoolExecutor(workers, mp_context=context) as pool:
+        with ProcessPoolExecutor(workers, mp_context=context, initializer=begin) as pool:
             futures = [pool.submit(_collect, task, seed, faults, arms) for task, seed, faults in jobs]
             for future in as_completed(futures):
                 for rows in future.result():
@@ -141,7 +142,6 @@ def run_group(
 def _collect(
     task: ClosedTask, seed: int, faults: Sequence[tuple[ClosedFault, Sequence[str]]], arms: Arms
 ) -> list[list[dict[str, Any]]]:
-    torch.set_num_threads(1)
     results: list[list[dict[str, Any]]] = []
     run_group(task, seed, faults, arms, results.append)
     return results

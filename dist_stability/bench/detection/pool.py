@@ -7,6 +7,8 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from multiprocessing import get_context
 from typing import TypeVar
 
+from dist_stability.experiments.workers import begin
+
 Result = TypeVar("Result")
 
 
@@ -27,7 +29,8 @@ def run_jobs(
             done(index)
     else:
         # Spawned: a forked child of a process that has used torch's threads may hang.
-        with ProcessPoolExecutor(min(workers, len(jobs)), mp_context=get_context("spawn")) as pool:
+        context = get_context("spawn")
+        with ProcessPoolExecutor(min(workers, len(jobs)), mp_context=context, initializer=begin) as pool:
             futures = {pool.submit(job): index for index, job in enumerate(jobs)}
             for future in as_completed(futures):
                 results[futures[future]] = future.result()

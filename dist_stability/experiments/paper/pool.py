@@ -11,7 +11,6 @@ import contextlib
 import io
 import multiprocessing
 import os
-import threading
 import time
 import traceback
 from collections.abc import Sequence
@@ -22,6 +21,7 @@ from typing import Any
 import torch
 
 from dist_stability.experiments import training
+from dist_stability.experiments import workers as processes
 from dist_stability.experiments.arms import Arm, ArmFailed, run_arm
 from dist_stability.experiments.paper.folders import ended
 from dist_stability.experiments.paper.inside import inside
@@ -112,26 +112,17 @@ def _pool(workers: int) -> ProcessPoolExecutor:
 
 def _begin(numbers: Any) -> None:
     """In a new worker: one thread, one device, and no life without the experiment."""
-    torch.set_num_threads(1)
+    processes.begin()
     number, visible = numbers.get(), os.environ.get(_VISIBLE)
     count = torch.cuda.device_count()
     if count:
         _all_devices.append(visible)
         names = visible.split(",") if visible else [str(device) for device in range(count)]
         os.environ[_VISIBLE] = names[number % count]  # before anything initializes CUDA in this process
-    threading.Thread(target=_end_with_parent, daemon=True).start()
 
 
 _all_devices: list[str | None] = []
 """In a worker with a device of its own: what CUDA_VISIBLE_DEVICES was before."""
-
-
-def _end_with_parent() -> None:
-    """A worker whose parent was killed would wait for work for ever: it holds both ends of the queue."""
-    parent = multiprocessing.parent_process()
-    if parent is not None:
-        parent.join()
-        os._exit(1)
 
 
 def _perform(arm: Arm, folder: Any) -> int:
