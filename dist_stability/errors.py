@@ -7,7 +7,14 @@ from typing import Any
 
 
 class StabilityError(RuntimeError):
-    """Base class of every error raised by this package while a run is guarded."""
+    """Base class of every error raised by this package while a run is guarded.
+
+    All of them can be pickled with their facts: a worker process hands them to the one that started it.
+    """
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Message and facts; the constructors of subclasses take other arguments than ``args`` has."""
+        return _restored, (type(self), self.args, self.__dict__)
 
 
 class LockstepError(StabilityError):
@@ -43,3 +50,10 @@ class StabilityStop(StabilityError):
         """Keep the report beside the message."""
         super().__init__(message)
         self.report = dict(report)
+
+
+def _restored(kind: type[StabilityError], args: tuple[Any, ...], facts: dict[str, Any]) -> StabilityError:
+    error = kind.__new__(kind)
+    error.args = args
+    error.__dict__.update(facts)
+    return error

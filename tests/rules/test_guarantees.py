@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import pickle
 import random
 from dataclasses import replace
 from typing import Any
@@ -235,3 +236,10 @@ def test_a_moved_yardstick_moves_what_a_commit_is_compared_with() -> None:
     for nothing in (-2.0, math.nan, math.inf):
         guarantees.rebased(nothing)
     assert guarantees.highest == 8.5
+
+
+def test_it_goes_from_one_process_to_another() -> None:
+    error = GuaranteeViolation("Envelope", "too high", {"measurement": 1.0})
+    other = pickle.loads(pickle.dumps(error))
+    assert type(other) is GuaranteeViolation and str(other) == str(error)
+    assert (other.guarantee, other.numbers) == ("Envelope", {"measurement": 1.0})

@@ -42,11 +42,13 @@ class Prefix:
         commits: Attempts trained.
         rule: State of the rule that was fed them.
         trend: State of the slow-divergence rule that was fed them.
+        highest: Highest measurement among them: what the controller's own guarantees are checked against.
     """
 
     commits: int
     rule: Mapping[str, Any]
     trend: Mapping[str, Any]
+    highest: float
 
 
 @dataclass
@@ -101,6 +103,7 @@ def make_controller(training: Training, rule: Rule, prefix: Prefix | None = None
     if prefix is not None:
         state = controller.state_dict()
         state["panel"] = {**state["panel"], "rule": dict(prefix.rule), "trend": dict(prefix.trend)}
+        state["guarantees"] = {"highest": prefix.highest}
         state.update(dict.fromkeys(("attempt", "steps", "commits", "judged"), prefix.commits))
         controller.load_state_dict(state)
     return controller
@@ -183,7 +186,8 @@ class Group:
             if not rule.judge(measurement, norm).accepted:
                 return None
             rule.commit(measurement, norm)
-        return Prefix(self._branch, rule.state_dict(), trend.state_dict())
+        highest = max(measurement for measurement, *_ in self._prefix.numbers)
+        return Prefix(self._branch, rule.state_dict(), trend.state_dict(), highest)
 
     def _plain(
         self,
