@@ -143,7 +143,8 @@ class Settlement:
         """Learn from what stands now and copy it; what the trend says of it."""
         measurement = decision.measurement
         assert attempt.plan is not None and decision.judgement is not None and measurement is not None
-        self._guarantees.committed(measurement, decision.judgement, self._panel.envelope)
+        judgement = decision.judgement if self._panel.bounded else replace(decision.judgement, bound=math.inf)
+        self._guarantees.committed(measurement, judgement, self._panel.envelope)
         warning = self._panel.commit(measurement, decision.confirmation, attempt.norm)
         self._accept(attempt, judged=True)
         anchor = self._panel.anchor() if self._ledger.commits % ANCHOR_EVERY == 0 else None

@@ -14,8 +14,11 @@ from torch import Tensor, nn
 from zoo import Case
 
 from dist_stability import AdaptiveCadence, Escalation, FixedInnovation, LossProbe, StabilityController
+from dist_stability.rules import GuaranteeViolation
+from dist_stability.rules.baselines import BASELINES
 from dist_stability.signals import GroupNorms, Signal, StepContext, UpdateRatio, UpdateRms
 from dist_stability.testing import FaultInjector, compare
+from dist_stability.verdict import Judgement
 
 # ---------------------------------------------------------------------- cadence
 
@@ -115,6 +118,34 @@ def test_a_probe_that_moves_to_nowhere_is_reported() -> None:
             verdict = controller.step()
             optimizer.zero_grad()
     assert verdict.pattern == "numerics" and "the probe's forward that overflows" in verdict.reason
+
+
+class OtherUnits(FixedInnovation):
+    """Accepts everything, and says so in numbers that have nothing to do with the measurement."""
+
+    bounded = False
+
+    def judge(self, measurement: float, gradient_norm: float | None = None) -> Judgement:
+        return Judgement(True, 0.0, 0.0, "as always")
+
+
+def rising(rule: FixedInnovation) -> bool:
+    """Whether a run whose probe rises is let go on."""
+    model, optimizer = net()
+    values = itertools.count(5)
+    probe = LossProbe(lambda model, batch: model(batch).sum() * 0.0 + next(values), [torch.ones(2, 4)])
+    with StabilityController(model, optimizer, probe, rule) as controller:
+        loss_fn(model, torch.randn(8, 4)).backward()
+        return controller.step().accepted
+
+
+def test_a_rule_that_promises_nothing_is_not_held_to_it() -> None:
+    rule = OtherUnits(1.0, 1.0)
+    assert rising(rule)
+    rule.bounded = True
+    with pytest.raises(GuaranteeViolation, match="Proposition 7.5"):
+        rising(rule)
+    assert not any(build().bounded for build in BASELINES.values())
 
 
 # ---------------------------------------------------------------------- announced learning rates

@@ -30,7 +30,11 @@ from dist_stability.verdict import Judgement
 
 @runtime_checkable
 class Rule(Protocol):
-    """Judges measurements. Any float may be NaN or infinite: that is ordinary input, never an exception."""
+    """Judges measurements. Any float may be NaN or infinite: that is ordinary input, never an exception.
+
+    The controller checks every commit against prediction + bound and against the highest committed before + bound
+    (``guarantees``). A rule whose bound is in other units than the measurement says ``bounded = False``.
+    """
 
     def judge(self, measurement: float, gradient_norm: float | None = None) -> Judgement:
         """Say whether the proposal may be committed; changes no state.

@@ -38,8 +38,11 @@ class Baseline:
         watches: The stream this rule is made for. With "gradient" it reads the gradient norm instead of the
             measurement.
         threshold: The one setting; larger is more tolerant.
+        bounded: False: innovation and bound are in units of the original's own statistic, so they promise nothing about
+            the measurement that is committed.
     """
 
+    bounded = False
     watches: Watches = "loss"
     # Names of the learned attributes, without underscore, by kind: what `checked_state` wants to know.
     _numbers: tuple[str, ...] = ()

@@ -11,7 +11,8 @@ Let y_k be the committed measurements, and let ``prediction_t`` and ``bound_t`` 
   so what it promises gets weaker as the run gets longer; an envelope hangs on the best committed value instead.
 
 What is outside them: the first commits of a rule without history (their bound is +inf), steps that were not judged
-(``every > 1``; only judged commits count) and observe mode, where a refused proposal stands.
+(``every > 1``; only judged commits count), observe mode, where a refused proposal stands, and rules that promise
+nothing about the measurement and say so (``bounded = False``: the field's baselines).
 
 After a deep restore the run continues from an anchor, and the trajectory that counts is the one that led to it. Its
 measurements are among all committed ones, so the highest of all is still an upper bound of what Proposition 7.5 allows;

@@ -111,6 +111,14 @@ class Panel:
         return supports_deep(self.rule)
 
     @property
+    def bounded(self) -> bool:
+        """Whether a commit never exceeds prediction + bound and the highest before + bound.
+
+        A rule is taken to promise it unless it says ``bounded = False``.
+        """
+        return bool(getattr(self.rule, "bounded", True))
+
+    @property
     def envelope(self) -> float | None:
         """Highest measurement that may be committed now, whatever was predicted; None for a rule without a limit."""
         limit = getattr(self.rule, "envelope", None)
