@@ -143,7 +143,7 @@ def test_a_rule_that_promises_nothing_is_not_held_to_it() -> None:
     rule = OtherUnits(1.0, 1.0)
     assert rising(rule)
     rule.bounded = True
-    with pytest.raises(GuaranteeViolation, match="Proposition 7.5"):
+    with pytest.raises(GuaranteeViolation, match=r"Proposition 7\.5"):
         rising(rule)
     assert not any(build().bounded for build in BASELINES.values())
 
