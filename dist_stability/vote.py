@@ -213,7 +213,10 @@ class Vote:
                     return
                 except RuntimeError:
                     # Work.wait gives up without cancelling the operation, so it can be asked again.
-                    if left <= 0.5 or work.is_completed():
+                    if work.is_completed():
+                        work.wait()  # it may have arrived just after the wait gave up; else this raises its own error
+                        return
+                    if left <= 0.5:
                         raise
                     if self._watch is not None and self._watch.failure() is not None:
                         raise

@@ -9,6 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from dist_stability.errors import LockstepError
 from dist_stability.vote import Ballot, Tally, Vote, bits, from_bits
 
 WHOLE = st.integers(-(2**63), 2**63 - 1)
@@ -118,3 +119,27 @@ def test_sums_stay_exact_for_large_jobs(world: int) -> None:
     assert world * piece**2 < 2**53
     vector = torch.tensor([float(piece), float(piece**2)], dtype=torch.float64) * world
     assert world * int(vector[1]) == int(vector[0]) ** 2
+
+
+class LateWork:
+    """Arrives just after a wait for it has given up."""
+
+    def __init__(self, error: str = "") -> None:
+        self.waits, self.error = 0, error
+
+    def wait(self, timeout: object = None) -> None:
+        self.waits += 1
+        if self.waits == 1 or self.error:
+            raise RuntimeError("Operation timed out!" if self.waits == 1 else self.error)
+
+    def is_completed(self) -> bool:
+        return self.waits > 0
+
+
+def test_what_arrives_as_the_wait_gives_up_has_arrived() -> None:
+    vote = Vote(object(), (0, 1), 0, torch.device("cpu"), 10.0, None)  # type: ignore[arg-type]
+    work = LateWork()
+    vote._wait(3, lambda group: work)
+    assert work.waits == 2
+    with pytest.raises(LockstepError, match="connection closed"):
+        vote._wait(3, lambda group: LateWork("connection closed"))

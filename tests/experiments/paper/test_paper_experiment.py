@@ -77,10 +77,10 @@ def test_a_failed_run_is_named_and_the_others_go_on(tmp_path: Path, capsys: pyte
 
 
 def test_an_interrupted_experiment_goes_on_where_it_was(tmp_path: Path) -> None:
-    arms = ("--arms", "clean", "baseline", "--seeds", "8")
+    arms = ("--arms", "clean", "baseline")
     alone = {name: value for name, value in os.environ.items() if name not in LAUNCHED}
     process = subprocess.Popen(
-        [sys.executable, "-m", "dist_stability", *QUICK, *arms, "--out", str(tmp_path)],
+        [sys.executable, "-m", "dist_stability", *QUICK, *arms, "--seeds", "500", "--out", str(tmp_path)],
         env=alone,
         start_new_session=True,  # the signal below goes to its workers, too, as Ctrl-C on a terminal does
         stdout=subprocess.DEVNULL,
@@ -92,11 +92,12 @@ def test_an_interrupted_experiment_goes_on_where_it_was(tmp_path: Path) -> None:
     os.killpg(process.pid, signal.SIGINT)
     assert process.wait(60) == 130
     before = made(tmp_path)
-    assert 0 < len(before) < 16 and not (tmp_path / "summary.json").exists()
-    assert experiment(tmp_path, *arms) == 0
+    assert 0 < len(before) < 1000 and not (tmp_path / "summary.json").exists()
+    # The same experiment with fewer seeds, so that the test ends: what it has in common with the first is kept.
+    assert experiment(tmp_path, *arms, "--seeds", "4") == 0
     after = made(tmp_path)
-    assert len(after) == 16 and all(after[path] == when for path, when in before.items())
-    assert read_json(tmp_path / "summary.json")["started_now"] == 16 - len(before)
+    assert all(after[path] == when for path, when in before.items())
+    assert read_json(tmp_path / "summary.json")["started_now"] == len(after) - len(before) > 0
 
 
 def test_a_folder_belongs_to_one_protocol(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
