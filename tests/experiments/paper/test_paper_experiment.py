@@ -83,14 +83,20 @@ def test_an_interrupted_experiment_goes_on_where_it_was(tmp_path: Path) -> None:
         [sys.executable, "-m", "dist_stability", *QUICK, *arms, "--seeds", "500", "--out", str(tmp_path)],
         env=alone,
         start_new_session=True,  # the signal below goes to its workers, too, as Ctrl-C on a terminal does
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a job in the background ignores it
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
     )
-    end = time.monotonic() + 120
-    while not made(tmp_path) and time.monotonic() < end:
-        time.sleep(0.02)
-    os.killpg(process.pid, signal.SIGINT)
-    assert process.wait(60) == 130
+    try:
+        end = time.monotonic() + 120
+        while not made(tmp_path) and time.monotonic() < end:
+            time.sleep(0.02)
+        os.killpg(process.pid, signal.SIGINT)
+        assert process.wait(60) == 130
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
     before = made(tmp_path)
     assert 0 < len(before) < 1000 and not (tmp_path / "summary.json").exists()
     # The same experiment with fewer seeds, so that the test ends: what it has in common with the first is kept.
