@@ -12,7 +12,8 @@ A refusal undoes one step. What follows depends on why steps are refused, which 
 A refusal that the gradient explains (a veto, an outlying norm), an exception or a drifted replica is *loud*: skipping
 is the answer as long as it lasts. A *quiet* one, which only the probe sees, is a statement about the step itself, so
 only quiet refusals lead to shorter steps and smaller learning rates. Whether shorter steps pass decides about the
-learning rate: if even 1/32 of a proposal does harm, its direction is wrong, and no learning rate would help.
+learning rate: if even 1/32 of a proposal does harm, its direction is wrong, and no learning rate would help. After two
+such tries no part of a step is committed before the episode is over: one part in many passes by chance.
 
 Nothing here is ever rolled back, or nothing would ever escalate. Every rung has a budget, so whatever the verdicts are,
 the ladder ends: it never goes up for ever, and never twice for the same attempt. Every rank feeds it the same agreed
@@ -30,6 +31,7 @@ from .rungs import ADVICE, Escalation, Pattern, Refusal, Response, Rung
 _REMEMBERED = 64  # refusals kept for the report
 _CALM = 32  # accepted attempts in a row that end an episode
 _SHORTENED_IN_A_ROW = 4  # attenuated steps, refusals between them aside, that speak against the learning rate
+_FRUITLESS = 2  # tries after which the direction counts as wrong, not the length
 _CUT_GAP = 8  # attempts before the next cut: the last one must have had a chance
 
 
@@ -87,6 +89,11 @@ class Ladder:
     def episode_open(self) -> bool:
         """There were refusals, and it is not yet clear that they are over."""
         return bool(self._episode)
+
+    @property
+    def halvings(self) -> int:
+        """How often a step may be halved; 0 once its direction counts as wrong: the safe state is only measured."""
+        return self.settings.halvings if self._fruitless < _FRUITLESS else 0
 
     def accepted(self, attempt: int, *, alarm: bool | None = None) -> Pattern | None:
         """An attempt stands, in its full length.

@@ -242,9 +242,13 @@ class Settlement:
         if recorded is not None and not math.isclose(before, recorded, rel_tol=_MOVED, abs_tol=1e-300):
             self._ladder.shortened(False)
             return replace(outcome, reason=f"{outcome.reason}; {self._follow_probe(recorded, before, second)}")
+        halvings = self._ladder.halvings
+        if not halvings:
+            self._ladder.shortened(False)
+            return replace(outcome, reason=f"{outcome.reason}; the restored weights measure what they measured before")
         safe = [parameter.detach().clone() for parameter in parameters]
         with attempt.timed("attenuate"):
-            for number in range(1, self._ladder.settings.halvings + 1):
+            for number in range(1, halvings + 1):
                 fraction = 0.5**number
                 self._write(parameters, [s.lerp(p, fraction) for s, p in zip(safe, proposal, strict=True)])
                 measurement, second = self._judging.standing(attempt, number)
@@ -253,7 +257,7 @@ class Settlement:
                     return self._commit_part(attempt, outcome, judgement, measurement, second, fraction)
             self._write(parameters, safe)
         self._ladder.shortened(False)
-        shortest = f"1/{2**self._ladder.settings.halvings}"
+        shortest = f"1/{2**halvings}"
         return replace(outcome, reason=f"{outcome.reason}; even {shortest} of the step does harm")
 
     def _commit_part(

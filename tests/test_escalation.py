@@ -47,6 +47,19 @@ def test_shorter_steps_are_tried_after_four_quiet_refusals_and_then_less_and_les
     assert tried == [3, 5, 9, 17, 33]
 
 
+def test_two_fruitless_tries_speak_against_the_direction_until_the_episode_is_over() -> None:
+    ladder, allowed = Ladder(), []
+    for attempt in range(40):
+        if ladder.refused(Refusal(attempt, "probe")).rung is Rung.ATTENUATE:
+            allowed.append(ladder.halvings)
+            ladder.shortened(False)
+    assert allowed == [5, 5, 0, 0, 0]
+    accept(ladder, range(40, 71))
+    assert ladder.halvings == 0
+    accept(ladder, range(71, 72))
+    assert ladder.halvings == 5
+
+
 def test_where_a_shorter_step_passed_the_next_is_tried_at_once_and_then_the_rate_is_cut() -> None:
     ladder = Ladder()
     assert refuse(ladder, range(3)) == ["skip"] * 3

@@ -155,6 +155,7 @@ class AnyVerdicts(RuleBasedStateMachine):
             self.since_cut = 0
         if answer.rung is Rung.ATTENUATE:
             factor = self.ladder.learning_rate_factor
+            shorter = shorter and self.ladder.halvings > 0
             self.both(lambda ladder: ladder.shortened(shorter))
             if shorter:
                 self.stands(factor)

@@ -64,6 +64,7 @@ class Run:
     optimizer: Optimizer
     attempt: int = 0
     last: int = BAD
+    before: list[Tensor] = field(default_factory=list)
 
     @property
     def due(self) -> bool:
@@ -174,6 +175,16 @@ def rate_creeps(run: Run, place: str) -> None:
         run.optimizer.param_groups[0]["lr"] = RATE * 1.04 ** (run.attempt - BAD)
 
 
+def uphill(run: Run, place: str) -> None:
+    """Every update is applied backwards and ten times as long: only the probe sees that."""
+    if place == "gradients" and run.due:
+        run.before = [local(parameter).detach().clone() for parameter in run.model.parameters()]
+    if place == "proposed" and run.due:
+        with torch.no_grad():
+            for parameter, before in zip(run.model.parameters(), run.before, strict=True):
+                local(parameter).copy_(before - 10 * (local(parameter) - before))
+
+
 def heavy_batch(run: Run, place: str) -> None:
     """One batch of every epoch carries a weight of 1000 (a broken sample weight); see the loader."""
 
@@ -277,11 +288,24 @@ def test_reload(two: harness.Pool, tmp_path: Path) -> None:
     assert all(event["action"] == "commit" for event in events[reloaded + 1 :])
 
 
+def test_of_sixty_steps_uphill_none_stands(two: harness.Pool, tmp_path: Path) -> None:
+    """Many of them rise by less than the bar of a calm run, which the refusals have lowered."""
+    events, stopped = go(two, Scenario("uphill", steps=120, length=60), tmp_path)
+    undone = {attempt for event in events for attempt in event["undone"]}
+    stands = {event["attempt"] for event in events if event["action"] in ("commit", "attenuate")} - undone
+    assert not stopped and not stands & {*range(BAD, BAD + 60)} and stands >= {*range(BAD + 60, 120)}
+    refused = [event["reason"] for event in events if event["rung"] and event["attempt"] < BAD + 60]
+    assert sum(float(reason.split("(")[1].split(" scales")[0]) < 6.2 for reason in refused) > 5
+
+
 def test_stop_and_say_that_it_is_structural(two: harness.Pool, tmp_path: Path) -> None:
     limits = {"max_refusals_in_row": 40, "deep_after": 24}
     events, stopped = go(two, Scenario("rate_absurd", steps=120, escalation=limits), tmp_path)
     assert stopped["pattern"] == "structural" and "QK-norm" in stopped["advice"]
     assert events[-1]["rung"] == "stop"
+    tries = [event["reason"].rpartition("; ")[2] for event in events if event["rung"] == "attenuate"]
+    assert tries[:2] == ["even 1/32 of the step does harm"] * 2, "then the direction counts as wrong"
+    assert set(tries[2:]) == {"the restored weights measure what they measured before"}
 
 
 def test_stop_and_name_the_tensor_that_overflows(two: harness.Pool, tmp_path: Path) -> None:

@@ -38,7 +38,7 @@ _FLOOR_BAR = 6.0  # scales that turn a floor on the bar into a floor on the scal
 _LARGEST_JUMP = 1e3  # a learning rate that was about 0 says nothing about the scale at the new one
 _NEW_LEVEL = 2.0  # times the learning rate of the past
 _NORM_GAIN = 0.3
-_NORM_SCALE_FLOOR = 0.2  # in units of log norm
+_NORM_SCALES = 0.2, 0.5  # least and most, in units of log norm
 _NORM_CLIP = 3.0  # scales
 _LOSS_SCALE_FLOOR = 1e-2  # of the loss
 
@@ -246,7 +246,8 @@ class Learned:
         self.levels = [level + difference for level in self.levels]
 
     def _norm_scale(self) -> float:
-        return max(_MEAN_ABS_TO_SIGMA * self.log_norm_spread, _NORM_SCALE_FLOOR)
+        least, most = _NORM_SCALES
+        return min(max(_MEAN_ABS_TO_SIGMA * self.log_norm_spread, least), most)
 
     def _loss_scale(self) -> float:
         assert self.loss is not None

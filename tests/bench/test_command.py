@@ -44,7 +44,7 @@ class TestQuickRun:
         assert {"predictive", "olmo-loss", "olmo-loss, tuned", "zclip", "holt", "norm guard"} <= set(summary["rules"])
         for rule in summary["rules"].values():
             assert set(rule) >= RULE_KEYS and set(rule["missed"]) >= {"mild", "moderate", "severe"}
-        assert summary["seeds"]["tuning"] == [0] and summary["seeds"]["reporting"] == [102]
+        assert summary["seeds"]["tuning"] == [0] and summary["seeds"]["reporting"] == [106]
         assert summary["quick"] is True and set(summary) >= {"noise", "bloom", "guard", "tuning", "roc"}
 
     def test_the_tables_have_every_rule(self, quick: Path) -> None:
@@ -82,9 +82,9 @@ class TestQuickRun:
 
         monkeypatch.setattr(parts.open_loop, "tune", tune)
         monkeypatch.setattr(parts.open_loop, "measure", measure)
-        setup = parts.Setup(quick, parts.QUICK, (0,), (102,), 1)
+        setup = parts.Setup(quick, parts.QUICK, (0,), (106,), 1)
         found = parts._replay_contestant(setup, "metaseq", 0)
-        assert seeds == {"tuned": {0}, "measured": {102}} and found["tuned"] is not None
+        assert seeds == {"tuned": {0}, "measured": {106}} and found["tuned"] is not None
         assert parts._replay_contestant(setup, "predictive", 0)["tuned"] is None  # it sets the budget
 
     def test_a_second_call_redoes_no_recording_and_keeps_the_other_parts(self, quick: Path) -> None:
@@ -112,9 +112,9 @@ class TestClosedLoop:
 
         monkeypatch.setattr("dist_stability.bench.detection.closed_loop.run", run)
         known = {"rules": {"holt, tuned": {"threshold": 9.0}, "olmo-loss on the probe, tuned": {"threshold": 4.0}}}
-        setup = parts.Setup(tmp_path, parts.FULL, (0,), (100, 103), 1)
+        setup = parts.Setup(tmp_path, parts.FULL, (0,), (106, 109), 1)
         summary = parts.PARTS["closed-loop"](setup, known)["closed_loop"]
-        assert {each.seed for each in asked["cells"]} == {100, 103} and asked["out"] == tmp_path
+        assert {each.seed for each in asked["cells"]} == {106, 109} and asked["out"] == tmp_path
         assert len({each.task.name for each in asked["cells"]}) > 4
         assert set(summary) == set(asked["arms"]) >= {"none", "perfect", "predictive", "holt"}
         assert asked["arms"]["none"] is None and asked["arms"]["perfect"] is None
@@ -145,9 +145,9 @@ class TestClosedLoop:
 
 
 class TestBadInput:
-    @pytest.mark.parametrize("seeds", [0, 103])
+    @pytest.mark.parametrize("seeds", [0, 107])
     def test_seeds(self, tmp_path: Path, seeds: int) -> None:
-        with pytest.raises(ValueError, match="--seeds must be between 1 and 102, got"):
+        with pytest.raises(ValueError, match="--seeds must be between 1 and 106, got"):
             bench(tmp_path, seeds=seeds)
 
     def test_parts(self, tmp_path: Path) -> None:
@@ -156,7 +156,7 @@ class TestBadInput:
 
     def test_on_the_command_line(self, capsys: pytest.CaptureFixture[str]) -> None:
         assert main(["bench", "detection", "--seeds", "0"]) == 1
-        assert "--seeds must be between 1 and 102" in capsys.readouterr().err
+        assert "--seeds must be between 1 and 106" in capsys.readouterr().err
         with pytest.raises(SystemExit):
             main(["bench", "nothing"])
 

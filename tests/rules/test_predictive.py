@@ -12,6 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from dist_stability.bench.detection import noise
 from dist_stability.rules import DeepRule, FixedInnovation, PredictiveInnovation, Rule, settings_of, supports_deep
 from dist_stability.rules.student import student_quantile
 
@@ -24,7 +25,7 @@ class Reference:
 
     def __init__(self) -> None:
         self.level, self.b, self.a, self.down, self.n, self.mu, self.ag, self.ng = None, 0.0, 0.0, 0.0, 0, None, 0.0, 0
-        self.r = self.quiet = self.loud = self.broken = 0
+        self.r = self.quiet = self.loud = self.broken = self.doubt = 0
         self.recent, self.since, self.anchors = [], 99, []
         self.lr, self.past, self.k, self.rate = None, [], 1, None
         self.loss, self.mul, self.al, self.nl = None, None, 0.0, 0
@@ -44,7 +45,7 @@ class Reference:
         if self.level is None:
             return True
         if g and self.ng >= 8:
-            self.x = max(0.0, (math.log(g / self.jump()) - self.mu) / max(1.2533 * self.ag, 0.2) - 3)
+            self.x = max(0.0, (math.log(g / self.jump()) - self.mu) / min(max(1.2533 * self.ag, 0.2), 0.5) - 3)
         if self.n < 3:
             return True
         nu = min(4, max(2, self.n - 1))
@@ -61,14 +62,18 @@ class Reference:
                 reach = max(1.5 * bar * s * self.jump() * math.sqrt(elapsed), 0.01 * (self.y0 - self.ymin))
                 highest = min(highest, level + reach)
         x = 0.0 if self.loud >= 128 else self.x
+        self.odd = False
+        if min(self.recent, default=0) > -2:
+            bar = max(bar / 2 ** (self.doubt / 4), min(bar, 2.0))
         if self.loss is not None and self.nl >= 8 and self.r < 128:
             z = (self.loss - self.mul) / (max(1.2533 * self.al, 0.01 * abs(self.mul)) * self.jump())
-            bar = max(bar - max(0.0, z - 6), 1.0)
+            bar, self.odd = max(bar - max(0.0, z - 6), 1.0), z > 6
         return y - p <= min((bar - x) * self.scale() * math.sqrt(self.k), highest - p)
 
     def commit(self, y: float, g: float | None = None) -> None:
         anew, other = self.loud >= 128, self.r >= 128
         self.r = self.quiet = self.loud = self.broken = 0
+        self.doubt //= 2
         if self.level is None:
             self.level = self.last = self.y0 = self.ymin = y
             return
@@ -101,7 +106,7 @@ class Reference:
             if self.mu is None:
                 self.mu = v
             else:
-                clip = 3 * max(1.2533 * self.ag, 0.2) if self.ng > 8 else math.inf
+                clip = 3 * min(max(1.2533 * self.ag, 0.2), 0.5) if self.ng > 8 else math.inf
                 d = max(-clip, min(clip + math.log(jump), v - self.mu))
                 self.ag += max(2 / (self.ng + 1), 1 / 12) * (abs(d) - self.ag)
                 self.mu = v if anew else self.mu + max(1 / self.ng, 0.3) * d
@@ -123,7 +128,7 @@ class Reference:
         elif self.x > 0:
             self.loud, self.quiet, self.broken = self.loud + 1, 0, 0
         else:
-            self.quiet, self.broken = self.quiet + 1, 0
+            self.quiet, self.broken, self.doubt = self.quiet + 1, 0, self.doubt + (not self.odd)
         long = max(self.quiet, self.broken)
         if len(self.anchors) < 2 or self.since == 0:
             return False
@@ -383,6 +388,15 @@ class TestGradientEvidence:
         assert rule.judge(1.0, 1.0).evidence == 0 < rule.judge(1.0, 300.0).evidence < math.inf
         assert rule.judge(1.0, math.nan).evidence == math.inf
 
+    def test_a_hundred_times_the_usual_is_an_outlier_however_restless_norms_are(self) -> None:
+        rule, draw = PredictiveInnovation(), random.Random(2)
+        for _ in range(40):
+            rule.commit(1 + 0.01 * draw.gauss(0, 1), math.exp(draw.gauss(0, 1.5)))
+        usual = math.exp(rule._learned.log_norm)
+        assert rule._learned.log_norm_spread > 0.6
+        assert not rule.judge(rule._learned.prediction(1), 110 * usual).accepted
+        assert rule.judge(rule._learned.prediction(1), 20 * usual).accepted
+
     def test_three_hundred_times_the_norm_in_warm_up(self) -> None:
         """Norms fall fast at the start; a slow mean of them lags far above and hides the fault."""
         rule = PredictiveInnovation()
@@ -557,7 +571,73 @@ class TestRefusals:
         for _ in range(1000):
             assert not rule.judge(y).accepted
             rule.reject(y)
-        assert rule.judge(y).bound == first and rule.judge(1.0).accepted
+        assert rule.judge(y).bound < first and rule.judge(1.0).accepted
+
+    @staticmethod
+    def rises(rule: PredictiveInnovation, number: int, g: float | None = None, loss: float | None = None) -> None:
+        """Refusals of a rise of 20 scales."""
+        for _ in range(number):
+            y = rule._learned.prediction(1) + 20 * rule._scale()
+            rule.expect(training_loss=loss)
+            assert not rule.judge(y, g).accepted
+            rule.reject(y, g)
+        rule.expect()
+
+    def test_every_four_that_nothing_explains_halve_the_bar_down_to_two_scales(self) -> None:
+        rule, bars = warm(PredictiveInnovation(), 200), []
+        for _ in range(20):
+            bars.append(rule.judge(1.0).bound / rule._scale())
+            self.rises(rule, 1)
+        assert bars[4] == pytest.approx(bars[0] / 2) and bars[2] == pytest.approx(bars[0] / math.sqrt(2))
+        assert bars[6] == pytest.approx(bars[0] / 2**1.5) and bars[7:] == [pytest.approx(2.0)] * 13
+
+    def test_commits_widen_it_again_and_a_deep_restore_does_not(self) -> None:
+        rule = warm(PredictiveInnovation(), 200)
+        usual = rule._bar()
+        anchor = rule.anchor()
+        self.rises(rule, 16)
+        rule.deep(anchor)
+        bars = []
+        for _ in range(6):
+            bars.append(rule._bar_for_step())
+            rule.commit(rule._learned.prediction(1))
+        assert bars == pytest.approx([2, 2, usual / 2, usual / 2**0.5, usual / 2**0.25, usual], rel=2e-3)
+
+    def test_what_is_explained_lowers_nothing(self) -> None:
+        loud, odd = warm(PredictiveInnovation(), 200), TestTrainingLoss.usual()
+        before = [rule.judge(1.0).bound for rule in (loud, odd)]
+        self.rises(loud, 20, g=1e6)
+        self.rises(odd, 20, loss=50.0)
+        loud.reject(math.nan, 1.0)
+        assert [rule.judge(1.0).bound for rule in (loud, odd)] == before
+
+    def test_noise_that_has_grown_falls_as_well_and_narrows_nothing(self) -> None:
+        rule = warm(PredictiveInnovation(), 200)
+        rule.commit(rule._learned.prediction(1) - 2.5 * rule._scale())
+        bar = rule._bar_for_step()
+        self.rises(rule, 12)
+        assert rule._bar_for_step() == bar
+        for _ in range(8):
+            rule.commit(rule._learned.prediction(1))
+        self.rises(rule, 12)
+        assert rule._bar_for_step() == 2.0
+
+    @pytest.mark.parametrize("seed", [9014, 9028, 9058])
+    def test_series_in_which_tenfold_noise_locked_out_a_bar_that_only_narrows(self, seed: int) -> None:
+        assert noise.run(noise.Job("predictive", None, "scale shift x10", seed, 5, 2000))["longest"] <= 12
+
+    def test_a_moved_yardstick_was_what_they_were(self) -> None:
+        rule = warm(PredictiveInnovation(), 200)
+        bound = rule.judge(1.0).bound + rule._learned.prediction(1)
+        self.rises(rule, 20)
+        rule.rebase(rule._learned.last + 3.0)
+        assert rule.judge(4.0).bound + rule._learned.prediction(1) == pytest.approx(bound + 3)
+
+    def test_suspicion_goes_through_a_checkpoint(self) -> None:
+        rule, other = warm(PredictiveInnovation(), 200), PredictiveInnovation()
+        self.rises(rule, 5)
+        other.load_state_dict(json.loads(json.dumps(rule.state_dict())))
+        assert other.judge(1.0).bound == rule.judge(1.0).bound
 
     @settings(max_examples=60, deadline=None)
     @given(seed=st.integers(0, 2**32), sigma=st.floats(1e-4, 0.1), tau=st.sampled_from([50.0, 500.0, 1e9]))
@@ -845,7 +925,7 @@ class TestAnyFloat:
             loop.rule.reject(y, g)
         after = loop.rule.state_dict()
         assert after.pop("refused") == before.pop("refused") + len(refused)
-        for name in ("refused_quietly", "refused_loudly", "refused_broken"):
+        for name in ("refused_quietly", "refused_loudly", "refused_broken", "suspicion"):
             after.pop(name), before.pop(name)
         assert after == before
 

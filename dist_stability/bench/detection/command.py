@@ -30,7 +30,7 @@ def bench(
 
     Args:
         out: The folder.
-        seeds: Number of seeds for tuning (from 0) and, again, for reporting (from 102); 1 to 102.
+        seeds: Number of seeds for tuning (from 0) and, again, for reporting (from 106); 1 to 106.
         quick: Far too little for a figure; the same code.
         parts: Some of :data:`PARTS`.
         workers: Processes.
