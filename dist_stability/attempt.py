@@ -45,6 +45,7 @@ class Attempt:
         context: What the signals look at, if they are read at this attempt.
         signals: What they measured, once all ranks know it; at an unjudged attempt, what this host knows anyway.
         signal_errors: What signals of this rank raised, by name.
+        provisional: Its vote is under way, and it stands until that is read (deferred verdict).
         seconds: Host time by part.
     """
 
@@ -69,7 +70,14 @@ class Attempt:
     context: StepContext | None = None
     signals: SignalValues = field(default_factory=SignalValues)
     signal_errors: dict[str, Exception] = field(default_factory=dict)
+    provisional: bool = False
     seconds: dict[str, float] = field(default_factory=dict)
+
+    def defer(self) -> None:
+        """The verdict is read later: let go of the gradients, which will be others by then."""
+        self.provisional = True
+        self.context = None
+        self.gradients.forget()
 
     @contextmanager
     def timed(self, name: str) -> Iterator[None]:
@@ -121,6 +129,7 @@ def event_of(attempt: Attempt, verdict: Verdict, decision: Decision, steps: int)
         "action": str(verdict.action),
         "would": None if verdict.would is None else str(verdict.would),
         "undone": list(verdict.undone),
+        "final": verdict.final,
         "reason": verdict.reason,
         "rung": verdict.rung,
         "pattern": verdict.pattern,

@@ -11,6 +11,10 @@ One attempt runs like this on every rank (* marks what involves the other ranks)
                                     refusal: *everything above is restored, in place, and the ladder
                                     says what else is done about it                                   (escalation.py)
 
+With ``decision="deferred"`` the vote is only begun after the proposal and the copy goes into a slot that is not safe
+yet; both are settled on entry of the next ``step()``, before anything of that attempt. The host then waits for nothing
+in a healthy run; a refusal costs the batch after the refused one as well.
+
 Every rank enters the same collectives in the same order whatever it measured. So a rank can only be late or gone, or
 hold a number that should be equal on all ranks and is not; the first is found by a timeout, the second by the vote,
 and both end in an error that names the rank.
@@ -21,6 +25,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import math
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from types import TracebackType
 from typing import Any
@@ -38,7 +43,7 @@ from .errors import LockstepError, StabilityError, StabilityStop
 from .escalation import Ladder
 from .guards import Guard
 from .hooks import FirstForward, OptimizerHooks
-from .judging import Judging
+from .judging import Judging, Question
 from .learning_rate import RateCut, announced
 from .ledger import Ledger
 from .measuring import Measuring
@@ -76,6 +81,9 @@ class StabilityController:
         every: Judge attempts t with (t + 1) % every == 0, or when an :class:`AdaptiveCadence` says so. The others are
             accepted as ``unjudged``; a refusal takes them back (:meth:`batches` gives back what was good in them).
         mode: "enforce", or "observe": probe, vote and log what would be done, but always accept.
+        decision: "immediate", or "deferred": ``step()`` begins the vote and returns a provisional verdict, and the next
+            ``step()`` reads it, so that the host waits for nothing. A refusal then takes back the step before, whatever
+            the loop did after it included, and drops the present batch. Call :meth:`finish` after the last step.
         probe_on: "rank0" measures with rank 0's batches; "mean" gives each data replica its own part of them.
         process_group: Ranks that train this model; default all.
         timeout: Seconds after which a wait for other ranks ends with :class:`LockstepError`.
@@ -91,7 +99,7 @@ class StabilityController:
             cannot continue from them.
         reload: Loads the last persisted state in place (model, optimizer and everything else the loop resumes from),
             on all ranks together; returns the attempt it belongs to, or None. The ladder's last rung before a stop.
-        on_event: Called on every rank with one dict for each verdict.
+        on_event: Called on every rank with one dict for each attempt; deferred ones follow at the next step.
 
     Use it as a context manager around the loop: an exception in the loop then leaves the other ranks a note that says
     why this one stopped, and a collective of the loop's own that loses its peers becomes a :class:`LockstepError` that
@@ -121,6 +129,7 @@ class StabilityController:
         *,
         every: int | Cadence = 1,
         mode: str = "enforce",
+        decision: str = "immediate",
         probe_on: str = "rank0",
         signals: Sequence[Signal] = (),
         confirm: LossProbe | None = None,
@@ -138,8 +147,9 @@ class StabilityController:
         trend = SlowDivergence() if trend is _DEFAULT_TREND else trend
         optimizers = check_optimizers(optimizer)
         guards, self._extra_state = check_parts(model, probe, rule, guards, extra_state, confirm, trend, reload)
-        check_settings(every, mode, probe_on, timeout, replica_check_every, anchors, escalation)
-        self.model, self.rule, self.mode = model, rule, mode
+        check_settings(every, mode, probe_on, timeout, replica_check_every, anchors, escalation, decision)
+        self.model, self.rule, self.mode, self.decision = model, rule, mode, decision
+        self._deferred = decision == "deferred"
         self.cadence = FixedCadence(every) if isinstance(every, int) else every
         self._enforced = mode == "enforce"
         self._optimizers = optimizers
@@ -160,6 +170,8 @@ class StabilityController:
         self._said_rate: float | None = None
 
         self._open: Attempt | None = None
+        self._pending: Question | None = None
+        self._dropped: Verdict | None = None
         self._verdict: Verdict | None = None
         self._hooks: OptimizerHooks | None = None
         self._withheld: list[tuple[torch.Tensor, torch.Tensor | None]] = []
@@ -226,11 +238,13 @@ class StabilityController:
                 not given. Logged, and evidence for the rule: a far outlying one lowers its bar.
 
         Returns:
-            The verdict, equal on every rank.
+            The verdict, equal on every rank. With ``decision="deferred"``, on a judged attempt, a provisional commit
+            (``final`` is False, nothing measured), or the refusal of the attempt before, which is then in ``undone``:
+            the present batch is dropped.
 
         Collectives: on a judged attempt the probe's forward and one all-reduce, and one all-reduce before the step if
         a guard or the scaler needs agreement; a few more on a refusal or veto. On an unjudged attempt at most the
-        first.
+        latter. Deferred, the flags of guards ride in the one all-reduce of a judged attempt.
 
         Raises:
             LockstepError: The ranks can no longer act as one.
@@ -246,6 +260,8 @@ class StabilityController:
                 with torch.enable_grad():
                     returned = closure()
                 loss = returned if loss is None else loss
+            if (refusal := self._settle_pending()) is not None:
+                return refusal
             attempt = self._open_attempt(grad_norm, scaler, loss)
             self._propose(attempt)
             return self._close_attempt()
@@ -268,6 +284,31 @@ class StabilityController:
         """The last verdict."""
         return self._verdict
 
+    def finish(self) -> Verdict | None:
+        """Read the verdict that is still pending (``decision="deferred"``); afterwards the state is the committed one.
+
+        Call it on all ranks between a ``step()`` and the next forward: after the last step, and before anything is
+        saved. A refusal takes back the last step and what the loop did after it; no other batch is dropped.
+
+        Returns:
+            The final verdict of the last attempt; None if nothing is pending.
+
+        Collectives: none if the step is accepted, those of a refusal otherwise.
+
+        Raises:
+            RuntimeError: A training forward was seen since the last step.
+            LockstepError, StabilityStop: See :meth:`step`.
+        """
+        if self._pending is None:
+            return None
+        if self._first_forward.captured:
+            raise RuntimeError(
+                f"the verdict of attempt {self._pending.attempt.index} is pending and the next forward has begun, "
+                f"whose gradients a refusal would make worthless: call finish() (or state_dict()) right after step()"
+            )
+        with self._noted():
+            return self._settle_pending(last=True)
+
     def add_phase_listener(self, listener: PhaseListener) -> None:
         """Call ``listener(attempt, phase)`` at each phase of an attempt; for fault injection and tracing.
 
@@ -276,10 +317,16 @@ class StabilityController:
         self._phases.listeners.append(listener)
 
     def close(self) -> None:
-        """Remove every hook and stop the background thread. Enters no collective. Idempotent."""
+        """Remove every hook and stop the background thread. Enters no collective. Idempotent.
+
+        A verdict that is pending is given up, with a warning: call :meth:`finish` first.
+        """
         if self._closed:
             return
         self._closed = True
+        if self._pending is not None:
+            index, self._pending = self._pending.attempt.index, None
+            warnings.warn(f"close(): nobody read the verdict of attempt {index}; call finish() first", stacklevel=2)
         if self._hooks is not None:
             self._hooks.close()
             self._hooks = None
@@ -301,6 +348,13 @@ class StabilityController:
                 lost = self._vote.lost(self._ledger.attempt, error)
             else:
                 self._note(error)
+        if error is None:
+            try:
+                with self._noted():
+                    self._settle_pending(last=True)
+            finally:
+                self.close()
+        self._pending = None  # an exception: the other ranks may be anywhere
         self.close()
         if lost is not None:
             raise lost from error
@@ -326,7 +380,8 @@ class StabilityController:
         if not self._enforced:
             return iter(loader)
         if self._replay is None:
-            self._replay = Replay(BatchWindow(max_bytes), self.cadence.most)
+            finish = self.finish if self._deferred else None
+            self._replay = Replay(BatchWindow(max_bytes), self.cadence.most, finish)
         elif self._replay.window.max_bytes != max_bytes:
             raise ValueError(
                 f"batches(max_bytes={max_bytes}): an earlier loop of this controller was given "
@@ -343,7 +398,18 @@ class StabilityController:
         self._said_rate = None if learning_rate is None else float(learning_rate)
 
     def state_dict(self) -> dict[str, Any]:
-        """What a checkpoint keeps beside model and optimizer: counters, the memory of rule and guards, budgets."""
+        """What a checkpoint keeps beside model and optimizer: counters, the memory of rule and guards, budgets.
+
+        A verdict that is pending is settled first, as by :meth:`finish`, on all ranks together: call that before
+        anything is saved, because a refusal changes the model that is saved beside this.
+        """
+        verdict = self.finish()
+        if verdict is not None and verdict.action is not Action.COMMIT:
+            warnings.warn(
+                f"state_dict(): attempt {verdict.step} was refused only now ({verdict.action}); what was saved of the "
+                f"model before this call is the refused state. Call finish() before saving anything.",
+                stacklevel=2,
+            )
         return {
             **self._ledger.state_dict(),
             "panel": self._panel.state_dict(),
@@ -357,8 +423,13 @@ class StabilityController:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from a checkpoint. Load model, optimizer and schedulers too, before the next training forward.
 
-        What they hold at that forward becomes the committed state; anchors start anew.
+        What they hold at that forward becomes the committed state; anchors start anew. A verdict that is pending is
+        given up: what it is about is no longer there.
         """
+        question, self._pending = self._pending, None
+        if question is not None:
+            self._vote.finish(question.reduction, question.attempt.index)
+            self._recovery.drop()
         guards = self._veto.guards
         if len(state["guards"]) != len(guards):
             raise ValueError(f"guards: the checkpoint has {len(state['guards'])}, this controller {len(guards)}")
@@ -383,6 +454,7 @@ class StabilityController:
         return {
             "every": self.cadence.settings(),
             "mode": self.mode,
+            "decision": self.decision,
             "probe_on": self._probe_on,
             "timeout": self._timeout,
             "replica_check_every": self._replica_check_every,
@@ -453,7 +525,9 @@ class StabilityController:
         with attempt.timed("guards"):
             self._veto.look(attempt)
             if self._enforced:
-                self._veto.agree(attempt)
+                deferred, pending = self._deferred and judged, bool(self._ledger.pending)
+                # A late "no" takes back the unjudged attempts before, too; then it is better to know in time.
+                self._veto.agree(attempt, later=deferred and not pending, now=deferred and pending)
             else:
                 attempt.vetoed = False
         self._open = attempt
@@ -506,13 +580,68 @@ class StabilityController:
                 self._monitor.after_step(attempt.context)
         self._rates.undo()
         self._veto.stepped()
+        if self._deferred and attempt.judged and not attempt.vetoed and not attempt.overflow:
+            return self._defer(attempt)
         decision = self._decide(attempt)
-        settle = self._settlement.settle if self._enforced else self._settlement.observe
-        outcome = settle(attempt, decision)
+        outcome = self._settle(attempt, decision)
         # After a refusal the scaler is as it was before; a shorter step is taken from that state, too.
         if attempt.scaler is not None and outcome.action in (Action.COMMIT, Action.UNJUDGED, Action.SCALER_SKIP):
             attempt.scaler.update()
         return self._finish(attempt, decision, outcome)
+
+    def _defer(self, attempt: Attempt) -> Verdict:
+        """Begin the vote and the copy of the proposal; the next step reads the verdict."""
+        self._phases.enter("after step")
+        self._ledger.judged += 1
+        self._pending = self._judging.ask(attempt, len(self._ledger.pending) + 1, self._compares_replicas())
+        if self._enforced:
+            assert attempt.plan is not None
+            with attempt.timed("copy"):
+                self._recovery.hold(attempt.plan, attempt.index, attempt.digests)
+        if attempt.scaler is not None:
+            attempt.scaler.update()
+        attempt.defer()
+        self._ledger.provisional()
+        verdict = Verdict(Action.COMMIT, attempt.index, final=False, reason="provisional: read at the next step")
+        self._verdict = verdict
+        self._first_forward.arm()
+        self._phases.enter("done")
+        if self._replay is not None:
+            self._replay.settle(verdict)
+        self._phases.attempt = self._ledger.attempt
+        self._phases.enter("training")
+        return verdict
+
+    def _settle_pending(self, last: bool = False) -> Verdict | None:
+        """Read the verdict of the attempt before, if it is pending.
+
+        Args:
+            last: No attempt has begun since: settle that one as itself. Otherwise a refusal is the verdict of the
+                present attempt, whose gradients came from refused weights.
+
+        Returns:
+            The verdict, if it is of the last attempt or takes the place of the present one; else None.
+        """
+        question, self._pending = self._pending, None
+        if question is None:
+            return None
+        attempt = question.attempt
+        decision = self._judging.answer(question)
+        replaces = not last and decision.action.refused and self._enforced
+        if replaces:
+            # One event for each attempt: this one was accepted as far as the loop knows.
+            self._tell(attempt, Verdict(Action.COMMIT, attempt.index, final=False), Decision(Action.COMMIT))
+        else:
+            self._ledger.withdraw()
+        outcome = self._settle(attempt, decision)
+        verdict = self._finish(attempt, decision, outcome, begun=not last and not replaces)
+        if replaces:
+            # To a cadence the present attempt is one more that does not stand.
+            self.cadence.record(attempt=verdict.step, judged=False, accepted=False)
+        return verdict if last or replaces else None
+
+    def _settle(self, attempt: Attempt, decision: Decision) -> Outcome:
+        return (self._settlement.settle if self._enforced else self._settlement.observe)(attempt, decision)
 
     def _decide(self, attempt: Attempt) -> Decision:
         if attempt.overflow:
@@ -540,12 +669,19 @@ class StabilityController:
         decision = self._judge(attempt, len(self._ledger.pending))
         return decision if decision.action.refused else skipped
 
-    def _finish(self, attempt: Attempt, decision: Decision, outcome: Outcome) -> Verdict:
-        """Remember the attempt, and tell whoever listens."""
+    def _finish(self, attempt: Attempt, decision: Decision, outcome: Outcome, begun: bool = False) -> Verdict:
+        """Remember the attempt, and tell whoever listens.
+
+        Args:
+            attempt: What is settled.
+            decision: What was decided.
+            outcome: What was done.
+            begun: The next attempt has begun already: its forward was captured.
+        """
         judgement = outcome.judgement
         verdict = Verdict(
             action=outcome.action,
-            step=attempt.index,
+            step=self._ledger.attempt,
             undone=outcome.undone,
             would=None if self._enforced else decision.action,
             signal=decision.signal,
@@ -558,19 +694,26 @@ class StabilityController:
             warning=outcome.warning,
         )
         self._verdict = verdict
-        self._first_forward.arm()
-        self._phases.enter("done")
+        if not begun:
+            self._first_forward.arm()
+            self._phases.enter("done")
         self._record_cadence(attempt, verdict, decision)
-        if self._replay is not None:
+        if self._replay is not None and attempt.provisional:
+            self._replay.settle_late(verdict, attempt.index)
+        elif self._replay is not None:
             self._replay.settle(verdict)
-        if self._on_event is not None:
-            self._on_event(event_of(attempt, verdict, decision, self._ledger.steps))
+        self._tell(attempt, verdict, decision)
         self._ledger.close(verdict, attempt.norm)
-        self._phases.attempt = self._ledger.attempt
-        self._phases.enter("training")
+        if not begun:
+            self._phases.attempt = self._ledger.attempt
+            self._phases.enter("training")
         if verdict.rung == Rung.STOP:
             self._stop(verdict)
         return verdict
+
+    def _tell(self, attempt: Attempt, verdict: Verdict, decision: Decision) -> None:
+        if self._on_event is not None:
+            self._on_event(event_of(attempt, verdict, decision, self._ledger.steps))
 
     def _record_cadence(self, attempt: Attempt, verdict: Verdict, decision: Decision) -> None:
         innovation, bound, fraction = verdict.innovation, verdict.bound, None
@@ -612,14 +755,14 @@ class StabilityController:
             fields["gradient norm"] = bits(gradients.caller_norm)
         return fields
 
-    def _identify_batch(self, index: int) -> int | None:
+    def _identify_batch(self, attempt: Attempt) -> int | None:
         """Content digest of what all ranks trained on in this attempt; None if that is not known.
 
         Collectives: two all-gathers, if the loop uses :meth:`batches`.
         """
         if self._replay is None:
             return None
-        everyone = self._vote.gather(self._replay.digest(), index)
+        everyone = self._vote.gather(self._replay.digest(attempt.provisional), attempt.index)
         if None in everyone.values():
             return None
         said = ",".join(str(everyone[rank]) for rank in sorted(everyone))
@@ -633,8 +776,9 @@ class StabilityController:
 
     def _hooked_open(self) -> None:
         with self._noted():
-            attempt = self._open_attempt()
-        if attempt.vetoed:
+            self._dropped = self._settle_pending()
+            withheld = self._dropped is not None or bool(self._open_attempt().vetoed)
+        if withheld:
             # The loop's optimizers step anyway; without gradients that is an exact no-op.
             for optimizer in self._optimizers:
                 for parameter in (p for group in optimizer.param_groups for p in group["params"]):
@@ -645,6 +789,9 @@ class StabilityController:
         for parameter, gradient in self._withheld:
             parameter.grad = gradient
         self._withheld = []
+        dropped, self._dropped = self._dropped, None
+        if dropped is not None:
+            return dropped.accepted
         with self._noted():
             return self._close_attempt().accepted
 

@@ -1,5 +1,7 @@
 """The second half of an attempt, up to its decision: probe the proposal, vote, and ask the rule.
 
+The vote is begun by ``ask`` and read by ``answer``: at once, or at the next step where the verdict is deferred.
+
 Every rank enters the same collectives in the same order, whatever it measured: the forwards of the probe, then one
 all-reduce. What a rank has to say against the step (an exception, a guard's flag, other bits than its replicas) rides
 in that all-reduce; only if somebody said something does a gather follow, which names it.
@@ -8,7 +10,7 @@ in that all-reduce; only if somebody said something does a gather follow, which 
 from __future__ import annotations
 
 import math
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 from .attempt import Attempt, Decision, Phases, one_line
 from .errors import StabilityError
@@ -20,10 +22,29 @@ from .signals import Monitor
 from .snapshot import StatePlan
 from .verdict import Action
 from .veto import VetoStage
-from .vote import Ballot, Tally, Vote, from_bits
+from .vote import Ballot, Reduction, Tally, Vote, from_bits
 
 PROPOSAL, STANDING = 2, 5
 """Points of the protocol: ranks that measure different things in the same vote are found out by these numbers."""
+
+
+@dataclass(frozen=True, slots=True)
+class Question:
+    """A vote on a proposal that is under way.
+
+    Attributes:
+        attempt: What is voted on.
+        steps: Optimizer steps in the proposal.
+        ballot: This rank's.
+        reduction: Of all ballots.
+        error: What this rank has against the step.
+    """
+
+    attempt: Attempt
+    steps: int
+    ballot: Ballot
+    reduction: Reduction
+    error: BaseException | None
 
 
 class Judging:
@@ -80,6 +101,13 @@ class Judging:
         Raises:
             LockstepError: The ranks can no longer act as one.
         """
+        return self.answer(self.ask(attempt, steps, compare))
+
+    def ask(self, attempt: Attempt, steps: int, compare: bool) -> Question:
+        """Probe and vote, without waiting for the outcome; see :meth:`judge`.
+
+        Collectives: the probe's forwards, and one all-reduce that is only begun.
+        """
         with attempt.timed("probe"):
             attempt.plan = plan = self._recovery.proposal_plan()
             replan = plan is not self._recovery.plan
@@ -103,8 +131,21 @@ class Judging:
                 checksums=attempt.digests or {},
                 signals=self._monitor.collect(),
             )
-            vector = self._vote.reduce(self._vote.pack(ballot), attempt.index)
-            if attempt.vetoed is None and self._veto.read(attempt) is not None:
+            return Question(attempt, steps, ballot, self._vote.begin(self._vote.pack(ballot), attempt.index), error)
+
+    def answer(self, question: Question) -> Decision:
+        """Read the vote and let the rule judge. The weights are still the proposal.
+
+        Collectives: none; all-gathers if something is to be named.
+
+        Raises:
+            LockstepError: The ranks can no longer act as one.
+        """
+        attempt, ballot, error = question.attempt, question.ballot, question.error
+        with attempt.timed("vote"):
+            vector = self._vote.finish(question.reduction, attempt.index)
+            if attempt.vetoed is None and attempt.pre_vote is not None:
+                self._veto.read(attempt)
                 attempt.vetoed = bool(attempt.flag)
             tally = self._vote.read(vector, ballot, attempt.index)
             attempt.signals, attempt.signal_errors = self._monitor.read(tally.signals), self._monitor.errors
@@ -112,12 +153,14 @@ class Judging:
             attempt.norm = from_bits(tally.agreed["gradient norm"])
         elif tally.gradient_norm is not None:
             attempt.norm = tally.gradient_norm
-        if tally.replan and not replan:
+        if tally.replan and not ballot.replan and not attempt.provisional:
             attempt.plan = self._recovery.build_plan()
             attempt.digests = None
-        attempt.vetoed = bool(attempt.vetoed) or (tally.veto > 0 and tally.no == 0)
+        late = attempt.provisional and self._enforced
+        raised = tally.veto > 0 or (late and self._veto.above_limit(attempt))
+        attempt.vetoed = bool(attempt.vetoed) or (raised and tally.no == 0)
         self._panel.expect(
-            steps=steps,
+            steps=question.steps,
             learning_rate=attempt.learning_rate,
             effective_step=None if attempt.vetoed else attempt.signals.values.get("effective_step"),
             training_loss=attempt.signals.values.get("training_loss"),
@@ -125,6 +168,9 @@ class Judging:
         if not attempt.vetoed:
             # Overflowed gradients were not stepped with, so their norm says nothing about what is measured here.
             return self._decide(attempt, tally, error, None if attempt.overflow else attempt.norm)
+        if late:
+            # The step was taken, and must be taken back like any other.
+            return replace(self._veto.explain(attempt), action=Action.ROLLBACK)
         # Nothing was proposed now; what was measured is what stands. If that is refused (a fault in unjudged attempts,
         # or weights that somebody else damaged), it is restored, or the guards would veto everything for ever.
         standing = self._decide(attempt, tally, error, None)

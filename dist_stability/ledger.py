@@ -48,6 +48,18 @@ class Ledger:
         else:
             self.pending.append(self.attempt)
 
+    def provisional(self) -> None:
+        """The current attempt stands until its verdict is read, and the next one begins."""
+        self.accept(judged=False)
+        self.attempt += 1
+
+    def withdraw(self) -> None:
+        """Undo :meth:`provisional`: the verdict of that attempt is there, and will be entered like any other."""
+        self.attempt -= 1
+        self.accepted.remove(self.attempt)
+        self.pending.remove(self.attempt)
+        self.steps -= 1
+
     def undo_after(self, attempt: int) -> tuple[int, ...]:
         """The state of ``attempt`` was restored: forget what was accepted later, and return it."""
         undone = tuple(index for index in self.accepted if index > attempt)

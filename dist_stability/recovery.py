@@ -1,6 +1,8 @@
 """Safe state: what is captured when, and how every rank gets back to it together.
 
-* Parameters and optimizer state: at a commit, into a slot of the ring.
+* Parameters and optimizer state: at a commit, into a slot of the ring. Where the verdict is deferred, at the proposal:
+  the copy is held, and becomes the safe state or is dropped when the verdict is read. The captures below that are made
+  meanwhile belong to what is held.
 * RNG and buffers: at the first training forward after a verdict, so that what the loader drew before it stays and what
   a refused forward drew or moved is undone.
 * Per-group values, schedulers, GradScaler, ``extra_state``: on entry of ``step()``, before the optimizer runs, so that
@@ -64,6 +66,7 @@ class Recovery:
         self._scratch = ForwardState(model)
         self._forward = self._scratch
         self._entry: EntryState | None = None
+        self._held: Slot | None = None
         self._stale = False
 
     def build_plan(self) -> StatePlan:
@@ -87,12 +90,13 @@ class Recovery:
         if self._stale:
             self.adopt(attempt - 1)
             self._stale = False
-        if pending:
+        if pending and self._held is None:
             self._forward = self._scratch
         else:
-            if self.ring.safe.forward is None:
-                self.ring.safe.forward = ForwardState(self._model)
-            self._forward = self.ring.safe.forward
+            slot = self.ring.safe if self._held is None else self._held
+            if slot.forward is None:
+                slot.forward = ForwardState(self._model)
+            self._forward = slot.forward
         self._forward.capture()
 
     def capture_entry(self, scaler: Any, pending: bool) -> None:
@@ -136,6 +140,41 @@ class Recovery:
         slot.rule_anchor, slot.measurement = rule_anchor, measurement
         slot.publish()
         self.ring.commit(slot, as_anchor=rule_anchor is not None)
+
+    # ------------------------------------------------------------------ a copy that is not safe yet
+
+    @property
+    def holding(self) -> bool:
+        """Whether a proposal was copied whose verdict is not known yet."""
+        return self._held is not None
+
+    def hold(self, plan: StatePlan, attempt: int, digests: Digests | None = None) -> None:
+        """Copy a proposal into a free slot without making it safe; the forward that follows is captured with it.
+
+        Args:
+            plan: From :meth:`proposal_plan`.
+            attempt: Index of the attempt that made the proposal.
+            digests: Of the live state under this plan, if they were computed for the vote already.
+        """
+        self._phases.enter("copy")
+        slot = self.ring.begin()
+        slot.fill(plan, attempt, digests, on_chunk=self._phases.chunk("copy"))
+        self._held = slot
+
+    def keep(self, measurement: float, rule_anchor: dict[str, Any] | None = None) -> None:
+        """The held proposal is accepted: it is the committed state. See :meth:`commit` for the arguments."""
+        slot, self._held = self._held, None
+        assert slot is not None, "nothing is held"
+        self.plan = slot.plan
+        slot.rule_anchor, slot.measurement = rule_anchor, measurement
+        slot.publish()
+        self.ring.commit(slot, as_anchor=rule_anchor is not None)
+
+    def drop(self) -> None:
+        """Give up what is held, if anything is."""
+        if self._held is not None:
+            self._held.release()
+            self._held = None
 
     # ------------------------------------------------------------------ undo
 

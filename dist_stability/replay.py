@@ -10,6 +10,9 @@ the one that never saw the guilty batch.
   equal on all ranks, so all ranks replay the same attempts.
 * :class:`Replay` joins both to a loader and a loop: ``for batch in controller.batches(loader):``.
 
+With ``decision="deferred"`` the verdict on a group is known only when the next one has been trained on. The group is
+held until then; if it is refused, the next one, whose gradients came from refused weights, is shown again as well.
+
 Contract with the loop: one ``step()`` after every ``accumulate``-th batch, whatever the batch; batches to be left out
 are filtered before, in the loader. Nothing is fetched twice, so what a loader draws from the *global* generators while
 it fetches batches that are replayed later is outside the promise: give it, or its sampler, a generator of its own.
@@ -18,7 +21,7 @@ it fetches batches that are replayed later is outside the promise: give it, or i
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any, Generic, TypeVar
 
@@ -72,7 +75,8 @@ class ReplayQueue(Generic[T]):
 
     A group is *current* from its first batch to its verdict, *held* while it is accepted but not judged, and *waiting*
     while it is to be shown again. It is shown at most three times: when fetched, in the replay after a refusal that
-    took it back, and once more if a retry was asked for. So the queue cannot loop on a bad batch.
+    took it back, and once more if a retry was asked for; under a deferred verdict up to twice more, because the group
+    before it was refused. So the queue cannot loop on a bad batch.
 
     Args:
         most: Attempts from one judged attempt to the next, at most.
@@ -95,6 +99,11 @@ class ReplayQueue(Generic[T]):
     def current(self) -> Group[T] | None:
         """The group under way: it has no verdict yet."""
         return self._current
+
+    @property
+    def newest_held(self) -> Group[T] | None:
+        """The group of the last accepted attempt, if it may still be taken back."""
+        return self._held[-1] if self._held else None
 
     @property
     def groups(self) -> tuple[Group[T], ...]:
@@ -173,6 +182,50 @@ class ReplayQueue(Generic[T]):
         held, self._held, self._unheld = self._held, [], 0
         return Settled(final=tuple(group.number for group in held))
 
+    def provisional(self) -> None:
+        """The attempt stands until its verdict is read, after the forward and backward of the next group."""
+        current = self._take()
+        if current is not None:
+            self._held.append(current)
+
+    def confirmed(self) -> Settled:
+        """The provisional attempt and all before it stand for good; the group under way stays under way."""
+        held, self._held, self._unheld = self._held, [], 0
+        return Settled(final=tuple(group.number for group in held))
+
+    def shortened_late(self) -> Settled:
+        """A part of the provisional attempt's step stands for good; the group under way is shown again."""
+        settled, again = self.confirmed(), self._take()
+        if again is None:
+            return settled
+        return self._show_again([again], settled)
+
+    def refused_late(self, undone: int, retry: bool = False) -> Settled:
+        """The provisional attempt is refused, after the group under way was trained on: that one is innocent.
+
+        Args:
+            undone: Accepted attempts that the verdict took back, the provisional one among them.
+            retry: See :meth:`refused`.
+        """
+        taken, self._held = self._held, []
+        lost, self._unheld = undone - sum(not group.idle for group in taken) + self._unheld, 0
+        dropped = None
+        if taken and undone == 1:
+            guilty = taken[-1]
+            if guilty.retried or not retry:
+                dropped = guilty.number
+                taken.remove(guilty)
+            guilty.retried = True
+        current = self._take()
+        return self._show_again([*taken, *([] if current is None else [current])], Settled(dropped=dropped, lost=lost))
+
+    def _show_again(self, taken: list[Group[T]], settled: Settled) -> Settled:
+        again = [group for group in taken if len(group.batches) == self.accumulate]
+        self._waiting.extendleft(reversed(again))
+        return replace(
+            settled, replay=tuple(group.number for group in again), lost=settled.lost + len(taken) - len(again)
+        )
+
     def skipped(self) -> Settled:
         """The loss scale overflowed: no step, but RNG, buffers and the scale itself have moved."""
         current = self._take()
@@ -198,9 +251,7 @@ class ReplayQueue(Generic[T]):
                 return replace(self._idled(current), dropped=current.number, lost=lost)
             current.retried = current.retried or not taken
             taken = [*taken, current]
-        again = [group for group in taken if len(group.batches) == self.accumulate]
-        self._waiting.extendleft(reversed(again))
-        return Settled((), None, tuple(group.number for group in again), lost + len(taken) - len(again))
+        return self._show_again(taken, Settled(lost=lost))
 
     def _idled(self, group: Group[T]) -> Settled:
         """A group that made no step. It is final, unless attempts are held whose rollback concerns it, too.
@@ -232,11 +283,13 @@ class Replay:
     Args:
         window: Keeps the batches.
         most: Attempts from one judged attempt to the next, at most.
+        finish: Reads the verdict of the last attempt, if that is deferred: called when a loader is at its end.
     """
 
-    def __init__(self, window: BatchWindow, most: int) -> None:
+    def __init__(self, window: BatchWindow, most: int, finish: Callable[[], object] | None = None) -> None:
         """Nothing was fetched yet."""
         self.window = window
+        self._finish = finish
         self.queue: ReplayQueue[KeptBatch] = ReplayQueue(most)
 
     def batches(self, loader: Iterable[Any], accumulate: int = 1) -> Iterator[Any]:
@@ -264,6 +317,9 @@ class Replay:
 
         After a cut of the learning rate the refused batch is shown once more as well.
         """
+        if not verdict.final:
+            self.queue.provisional()
+            return Settled()
         if verdict.action is Action.SCALER_SKIP:
             settled = self.queue.skipped()
         elif verdict.action.refused:
@@ -273,9 +329,30 @@ class Replay:
         self._retain()
         return settled
 
-    def digest(self) -> int | None:
-        """Content digest of this rank's batches of the attempt under way; None if they did not come from here."""
-        current = self.queue.current
+    def settle_late(self, verdict: Verdict, attempt: int) -> Settled:
+        """Take note of the final verdict on an attempt that stood provisionally.
+
+        Args:
+            verdict: Of that attempt, or of the next one, whose batches are under way and have to be shown again.
+            attempt: Index of the one that stood provisionally.
+        """
+        if verdict.action.refused:
+            undone = len(verdict.undone) + (attempt not in verdict.undone)
+            settled = self.queue.refused_late(undone, retry=verdict.rung == "cut_lr")
+        elif verdict.action is Action.ATTENUATE:
+            settled = self.queue.shortened_late()
+        else:
+            settled = self.queue.confirmed()
+        self._retain()
+        return settled
+
+    def digest(self, provisional: bool = False) -> int | None:
+        """Content digest of this rank's batches of one attempt; None if they did not come from here.
+
+        Args:
+            provisional: Of the attempt that stands provisionally, else of the one under way.
+        """
+        current = self.queue.newest_held if provisional else self.queue.current
         return None if current is None else digest([digest(batch.restore()) for batch in current.batches])
 
     def forget(self) -> None:
@@ -289,15 +366,21 @@ class Replay:
         self.queue.begin(accumulate)
         self._retain()
         source = iter(loader)
-        taken = 0
+        taken, ended = 0, False
         while True:
             if self.queue.replaying:
                 yield from self._show_again()
                 continue
-            batch = next(source, _END)
+            batch = _END if ended else next(source, _END)
             if batch is _END:
+                ended = True
+                if self._finish is not None:
+                    self._finish()
+                if self.queue.replaying:
+                    continue
                 return
-            self.queue.fetched(self.window.keep(batch, of=self.queue.most * accumulate))
+            behind = 0 if self._finish is None else 1
+            self.queue.fetched(self.window.keep(batch, of=(self.queue.most + behind) * accumulate))
             yield batch
             taken = 0 if self.queue.current is None else taken + 1
             if taken >= accumulate:

@@ -76,7 +76,7 @@ class Settlement:
         vote: Vote,
         compare_replicas: bool,
         reload: Callable[[], int | None] | None,
-        identify_batch: Callable[[int], int | None],
+        identify_batch: Callable[[Attempt], int | None],
     ) -> None:
         """Remember the parts."""
         self._recovery, self._judging, self._panel, self._ladder = recovery, judging, panel, ladder
@@ -149,7 +149,10 @@ class Settlement:
         self._accept(attempt, judged=True)
         anchor = self._panel.anchor() if self._ledger.commits % ANCHOR_EVERY == 0 else None
         with attempt.timed("copy"):
-            self._recovery.commit(attempt.plan, attempt.index, measurement, anchor, attempt.digests)
+            if self._recovery.holding:
+                self._recovery.keep(measurement, anchor)
+            else:
+                self._recovery.commit(attempt.plan, self._ledger.attempt, measurement, anchor, attempt.digests)
         ring = self._recovery.ring
         if self._reload_state is None:  # a persisted state may be older than anything in memory
             self._ledger.forget(min(slot.attempt for slot in (ring.safe, *ring.anchors)))
@@ -158,6 +161,7 @@ class Settlement:
     # ------------------------------------------------------------------ refused
 
     def _refuse(self, attempt: Attempt, decision: Decision) -> Outcome:
+        self._recovery.drop()
         if decision.fatal is not None:
             # The optimizer fails everywhere: a fault of the program, not of one rank. Nothing is lost by it.
             self._restore(attempt)
@@ -188,7 +192,9 @@ class Settlement:
 
     def _facts(self, attempt: Attempt, decision: Decision) -> Refusal:
         judgement, measured = decision.judgement, decision.measurement
-        norm, alone = None if attempt.overflow else attempt.norm, not self._ledger.pending
+        norm = None if attempt.overflow else attempt.norm
+        # A provisional attempt is among those that are pending itself.
+        alone = all(index == attempt.index for index in self._ledger.pending)
         return Refusal(
             attempt.index,
             decision.signal,
@@ -202,7 +208,7 @@ class Settlement:
             anchors=len(self._recovery.ring.older),
             can_reload=self._reload_state is not None,
             # With unjudged steps in the proposal any of their batches may be guilty; the replay will tell.
-            batch=self._identify_batch(attempt.index) if alone else None,
+            batch=self._identify_batch(attempt) if alone else None,
         )
 
     def _restore(self, attempt: Attempt, deep: bool = False, oldest: bool = True) -> tuple[Action, tuple[int, ...]]:
@@ -305,7 +311,7 @@ class Settlement:
         if loaded is not None and (isinstance(loaded, bool) or not isinstance(loaded, int)):
             raise TypeError(f"reload: expected the attempt index of the state it loaded, or None, got {loaded!r}")
         recorded = self._recovery.ring.safe.measurement
-        self._recovery.adopt(attempt.index)
+        self._recovery.adopt(self._ledger.attempt)
         measurement, second = self._judging.standing(attempt)
         if not math.isfinite(measurement):
             raise StabilityError(

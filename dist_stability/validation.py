@@ -16,6 +16,7 @@ from .signals import LossProbe
 
 MODES = ("enforce", "observe")
 PROBE_ON = ("rank0", "mean")
+DECISIONS = ("immediate", "deferred")
 
 
 def check_optimizers(optimizer: Optimizer | Iterable[Optimizer]) -> tuple[Optimizer, ...]:
@@ -102,6 +103,7 @@ def check_settings(
     replica_check_every: int,
     anchors: int,
     escalation: Any,
+    decision: str = "immediate",
 ) -> None:
     """The plain settings.
 
@@ -124,6 +126,8 @@ def check_settings(
         raise ValueError(f"mode: expected one of {MODES}, got {mode!r}")
     if probe_on not in PROBE_ON:
         raise ValueError(f"probe_on: expected one of {PROBE_ON}, got {probe_on!r}")
+    if decision not in DECISIONS:
+        raise ValueError(f"decision: expected one of {DECISIONS}, got {decision!r}")
     if isinstance(timeout, bool) or not isinstance(timeout, (int, float)) or not timeout > 0:
         raise ValueError(f"timeout: expected seconds above 0, got {timeout!r}")
 

@@ -52,12 +52,21 @@ class VetoStage:
         except Exception as error:
             attempt.error = error
 
-    def agree(self, attempt: Attempt) -> None:
+    def agree(self, attempt: Attempt, later: bool = False, now: bool = False) -> None:
         """Bring all ranks to the same veto, known to the host (``attempt.vetoed``) or to the device alone (None).
 
-        Collectives: one all-reduce if a scaler is used, or if there are guards and no caller's norm; else none.
+        Args:
+            attempt: After :meth:`look`.
+            later: The step may happen and be taken back: the flags ride in the vote that follows the probe, and
+                nobody waits for them. Not with a scaler, nor with a guard that wants the norm before the step.
+            now: The host has to know, even if the device alone could skip the step.
+
+        Collectives: one all-reduce if a scaler is used, or if there are guards and no caller's norm; none if the flags
+        ride in the later vote.
         """
         caller = attempt.gradients.caller_norm
+        if later and self.guards and attempt.scaler is None and not any(guard.reads_norm for guard in self.guards):
+            return
         if (self.guards and caller is None) or attempt.scaler is not None:
             self._phases.enter("veto vote")
             ballot = Ballot(
@@ -76,7 +85,7 @@ class VetoStage:
             attempt.vetoed = False
             return
         # Without this vote, an error of a guard is known to its rank alone; it goes into the vote after the probe.
-        if self._can_skip_on_device(attempt):
+        if not now and self._can_skip_on_device(attempt):
             self._set_found_inf(attempt.flag)
             return
         tally = self.read(attempt)
@@ -113,7 +122,9 @@ class VetoStage:
     def explain(self, attempt: Attempt) -> Decision:
         """The veto, in words: which rank saw what. Collectives: two all-gathers."""
         mine: str | None = attempt.reason or one_line(attempt.error)
-        for guard in self.guards if mine is None else ():
+        if attempt.provisional:
+            mine = mine or self._remembered(attempt)
+        for guard in self.guards if mine is None and not attempt.provisional else ():
             mine = mine or guard.explain(attempt.gradients)
         if mine is None and attempt.norm is not None and math.isfinite(attempt.norm):
             # Not for a norm that is no number: only the ranks that spoilt it are to be named.
@@ -122,6 +133,28 @@ class VetoStage:
         rank = min(everyone, default=0)
         reason = everyone.get(rank, ["vetoed by a guard"])[0]
         return Decision(Action.VETO, "gradient", f"rank {rank}: {reason}", rank)
+
+    def above_limit(self, attempt: Attempt) -> bool:
+        """Whether the agreed norm is one that a guard would not have let pass; for flags that rode in the later vote.
+
+        A caller's norm was compared before the step.
+        """
+        if attempt.norm is None or attempt.gradients.caller_norm is not None:
+            return False
+        return attempt.norm > min((guard.limit() for guard in self.guards), default=math.inf)
+
+    @staticmethod
+    def _remembered(attempt: Attempt) -> str | None:
+        """What is left to say about this rank's flag when the gradients are others already."""
+        if not bool(attempt.flag):
+            return None
+        names = attempt.gradients.spoilt()
+        if names:
+            more = f" (and of {len(names) - 1} more parameters)" if len(names) > 1 else ""
+            return f"gradient of {names[0]}{more} was not finite"
+        if attempt.norm is not None and math.isfinite(attempt.norm):
+            return None  # the guards have words for such a norm
+        return f"the global gradient norm was {attempt.norm}"
 
     def _refuses_norm(self, attempt: Attempt) -> bool:
         """Ask the guards that judge the agreed norm; the same answer on every rank."""

@@ -12,8 +12,9 @@ from __future__ import annotations
 
 import json
 import math
+import struct
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any
@@ -77,6 +78,23 @@ class Tally:
     signals: tuple[float, ...] = ()
 
 
+@dataclass(slots=True)
+class Reduction:
+    """A packed vector on its way to its sum over the ranks. Keep it until it was read: the device still writes to it.
+
+    Attributes:
+        vector: This rank's vector, then the sum.
+        work: The all-reduce under way; None for a single process.
+        host: Page-locked copy of the sum, for a vector on an accelerator.
+        arrived: Event after that copy.
+    """
+
+    vector: torch.Tensor
+    work: Any = None
+    host: torch.Tensor | None = None
+    arrived: Any = None
+
+
 class Vote:
     """Packs ballots, reduces them, and reads the outcome.
 
@@ -106,6 +124,11 @@ class Vote:
         self.timeout = timeout
         self._watch = watch
         self._dead: LockstepError | None = None
+        # Sent to the device once: sending them anew for each vote would make the host wait for it.
+        self._shifts = torch.tensor(_SHIFTS, device=device)
+        self._under_way: Reduction | None = None
+        self._host: torch.Tensor | None = None
+        self._stream: Any = None
         self.replica_groups: tuple[tuple[int, ...], ...] = ()
 
     @property
@@ -114,8 +137,10 @@ class Vote:
         return len(self.ranks)
 
     def close(self) -> None:
-        """Give the group back, unless it is broken: then only the end of the process frees it."""
-        if self.group is not None and self._dead is None and dist.is_initialized():
+        """Give the group back, unless it is broken or busy: then only the end of the process frees it."""
+        work = None if self._under_way is None else self._under_way.work
+        busy = work is not None and not work.is_completed()
+        if self.group is not None and self._dead is None and not busy and dist.is_initialized():
             dist.destroy_process_group(self.group)
         self.group, self._dead = None, LockstepError("the controller is closed")
 
@@ -129,8 +154,7 @@ class Vote:
         whole = [self._whole(value) for value in ballot.agree.values()]
         whole += [self._whole(ballot.checksums.get(ranks, 0)) for ranks in self.replica_groups]
         if whole:
-            shifts = torch.tensor(_SHIFTS, device=self.device)
-            pieces = ((torch.stack(whole).unsqueeze(1) >> shifts) & _MASK).to(torch.float64).flatten()
+            pieces = ((torch.stack(whole).unsqueeze(1) >> self._shifts) & _MASK).to(torch.float64).flatten()
             parts += [pieces, pieces * pieces]
         if ballot.signals is not None:
             parts.append(ballot.signals.detach().to(self.device, torch.float64))
@@ -178,6 +202,64 @@ class Vote:
         self._wait(attempt, lambda group: dist.all_reduce(vector, group=group, async_op=True))
         return vector
 
+    def begin(self, vector: torch.Tensor, attempt: int) -> Reduction:
+        """Start to sum the vectors of all ranks, and to bring the sum to the host; waits for neither.
+
+        At most one of these is under way at a time, and :meth:`finish` is called before any other collective of this
+        vote.
+
+        Collectives: one all-reduce (none for a single process).
+        """
+        work = None
+        if self.group is not None:
+            work = self._start(attempt, lambda group: dist.all_reduce(vector, group=group, async_op=True))
+        self._under_way = reduction = Reduction(vector, work)
+        if vector.device.type != "cpu":
+            self._fetch(reduction)
+        return reduction
+
+    def _fetch(self, reduction: Reduction) -> None:
+        """Queue the copy to the host on a stream of its own: the training stream does not wait for slower ranks."""
+        vector = reduction.vector
+        module = torch.get_device_module(vector.device)
+        if self._stream is None:
+            self._stream = module.Stream(device=vector.device)
+        if self._host is None or self._host.numel() != vector.numel():
+            self._host = torch.empty(vector.numel(), dtype=vector.dtype, pin_memory=True)
+        self._stream.wait_stream(module.current_stream(vector.device))
+        with module.stream(self._stream):
+            if reduction.work is not None:
+                reduction.work.wait()  # this stream waits for the sum, the host does not
+            self._host.copy_(vector, non_blocking=True)
+        reduction.host, reduction.arrived = self._host, module.Event()
+        reduction.arrived.record(self._stream)
+
+    def finish(self, reduction: Reduction, attempt: int) -> torch.Tensor:
+        """The sum, on the host. Waits for the other ranks if they have not all voted yet.
+
+        Raises:
+            LockstepError: A rank did not arrive within the timeout, or the transport failed.
+        """
+        if reduction.host is not None:
+            self._arrive(reduction, attempt)
+        elif reduction.work is not None:
+            self._until(attempt, reduction.work)
+        self._under_way = None
+        return reduction.vector if reduction.host is None else reduction.host
+
+    def _arrive(self, reduction: Reduction, attempt: int) -> None:
+        """Wait for the copy on the host, looking out for a failing rank's note."""
+        begin = asked = time.monotonic()
+        while not reduction.arrived.query():
+            now = time.monotonic()
+            noted = False
+            if self._watch is not None and now - asked > 0.5:
+                asked, noted = now, self._watch.failure() is not None
+            if noted or now - begin > self.timeout * 0.75:
+                self._dead = self.lost(attempt, RuntimeError("the sum of the votes did not reach the host"))
+                raise self._dead
+            time.sleep(0.0 if now - begin < 0.05 else 0.001)
+
     def gather(self, value: Any, attempt: int) -> dict[int, Any]:
         """Every rank's JSON-able value, by global rank. Only on the way to a refusal or an error.
 
@@ -199,13 +281,25 @@ class Vote:
             for rank, text, size in zip(self.ranks, texts, sizes, strict=True)
         }
 
-    def _wait(self, attempt: int, start: Any) -> None:
-        """Run one collective, looking out for a failing rank's note while it waits."""
+    def _start(self, attempt: int, start: Callable[[dist.ProcessGroup], Any]) -> Any:
+        """Begin one collective."""
+        assert self.group is not None
         if self._dead is not None:
             raise self._dead
+        try:
+            return start(self.group)
+        except RuntimeError as error:
+            self._dead = self.lost(attempt, error)
+            raise self._dead from error
+
+    def _wait(self, attempt: int, start: Callable[[dist.ProcessGroup], Any]) -> None:
+        """One collective, from beginning to end."""
+        self._until(attempt, self._start(attempt, start))
+
+    def _until(self, attempt: int, work: Any) -> None:
+        """Wait for one collective, looking out for a failing rank's note meanwhile."""
         deadline = time.monotonic() + self.timeout * 0.75  # the rest is for finding out who was missing
         try:
-            work = start(self.group)
             while True:
                 left = deadline - time.monotonic()
                 try:
@@ -332,7 +426,7 @@ def bits(value: torch.Tensor) -> torch.Tensor:
 
 def from_bits(value: int) -> float:
     """The float whose 64 bits are ``value``."""
-    return torch.tensor(_signed(value), dtype=torch.int64).view(torch.float64).item()
+    return float(struct.unpack("<d", struct.pack("<q", _signed(value)))[0])
 
 
 def _signed(value: int) -> int:

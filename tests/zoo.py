@@ -345,6 +345,8 @@ def train(
                 scheduler.step()
             if after_step is not None:
                 after_step(attempt, setup, controller)
+        if controller is not None and (final := controller.finish()) is not None:
+            verdicts.append(final)
     return Outcome(capture_state(setup.model, setup.optimizers, setup.extra_state, setup.scaler), verdicts)
 
 

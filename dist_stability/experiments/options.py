@@ -51,6 +51,7 @@ class Options:
     compile: bool
     dropout: float
     every: int | str
+    decision: str
     update_signals: bool
     observe: bool
     probe_on: str
@@ -178,6 +179,7 @@ def _problems(v: argparse.Namespace, world: int, launched: bool) -> list[str]:
         v.false_reject_rate is not None and not 1e-12 <= v.false_reject_rate < 0.5,
         f"--false-reject-rate {v.false_reject_rate}: must be in [1e-12, 0.5)",
     )
+    refuse(v.decision == "deferred" and v.rule == "off", "--decision deferred: needs a rule that decides")
     refuse(v.observe and v.rule == "off", "--observe: needs a rule to observe with, not --rule off")
     refuse(v.zclip and v.clip_grad_norm > 0, "--zclip: excludes --clip-grad-norm, which clips the same gradients")
     refuse(v.zclip and v.rule != "off", f"--zclip: clips instead of refusing, so it needs --rule off, not {v.rule}")
@@ -283,6 +285,12 @@ def _parser() -> argparse.ArgumentParser:
         default=1,
         metavar="K",
         help=f"judge every so many steps, or '{ADAPTIVE}': every step while restless, up to every 16th while calm",
+    )
+    guard.add_argument(
+        "--decision",
+        choices=("immediate", "deferred"),
+        default="immediate",
+        help="deferred: a verdict is read at the next step, so that the host never waits for it",
     )
     guard.add_argument(
         "--update-signals", action="store_true", help="log update RMS, update ratio and gradient norms by group, too"

@@ -53,9 +53,10 @@ class RunRecorder:
         self._series: list[float] = []
         self._refused: list[int] = []
         self._undone: list[int] = []
-        self._batch_of: list[int] = []
+        self._batch_of: dict[int, int] = {}
         self._standing: dict[int, int] = {}
         self._attenuated: set[int] = set()
+        self._provisional: set[int] = set()
         self._rungs: Counter[str] = Counter()
         self._warnings = 0
         self._committed: list[tuple[int, float]] = []
@@ -77,25 +78,34 @@ class RunRecorder:
             self._log = EventLog(options.out / "events.jsonl")
             (options.out / "summary.json").unlink(missing_ok=True)
 
-    def begin_batch(self, number: int) -> None:
-        """Say which batch the next events are about."""
+    def begin_batch(self, number: int, attempt: int | None = None) -> None:
+        """Say which batch the next events are about, or those of one attempt, which may come later."""
         self._batch = number
+        if attempt is not None:
+            self._batch_of[attempt] = number
 
     def event(self, event: dict[str, Any]) -> None:
         """Take one event from the controller."""
-        self._batch_of.append(self._batch)
+        batch = self._batch_of.setdefault(event["attempt"], self._batch)
         undone = event["undone"]
+        if not event.get("final", True):
+            self._provisional.add(event["attempt"])
         self._rungs.update([event["rung"]] if event["rung"] else [])
         self._warnings += bool(event["warning"])
+        for attempt in undone:
+            self._standing.pop(attempt, None)
+        while self._committed and self._committed[-1][0] in undone:
+            self._committed.pop()
+        if event["action"] == "attenuate" and undone:
+            # A deferred verdict: it is the step before that stands in part.
+            batch = self._batch_of[event["attempt"]] = self._batch_of[undone[-1]]
         if event["action"] in REFUSALS:
-            self._refused.append(self._batch)
-            self._undone += [self._batch_of[attempt] for attempt in undone]
+            self._refused.append(batch)
             for attempt in undone:
-                self._standing.pop(attempt, None)
-            while self._committed and self._committed[-1][0] in undone:
-                self._committed.pop()
+                which = self._refused if attempt in self._provisional else self._undone
+                which.append(self._batch_of[attempt])
         elif event["action"] != "scaler_skip":
-            self._standing[event["attempt"]] = self._batch
+            self._standing[event["attempt"]] = batch
         if event["action"] == "attenuate":
             self._attenuated.add(event["attempt"])
         if event["action"] in ("commit", "attenuate"):
@@ -103,9 +113,9 @@ class RunRecorder:
             measured = event["measurement"]
             self._committed.append((event["attempt"], math.nan if measured is None else measured))
         self.probe = self._committed[-1][1] if self._committed else math.nan
-        self._batches.append(self._batch)
+        self._batches.append(batch)
         self._series.append(self.probe)
-        written = {**event, "batch": self._batch, "probe": self.probe}
+        written = {**event, "batch": batch, "probe": self.probe}
         if self._parameter_norm is not None:
             written["parameter_norm"] = self._parameter_norm()
         if self._log is not None:

@@ -84,7 +84,7 @@ def train(job: Job, controller: Controller, record: RunRecorder, progress: Progr
     """The loop. Everything a guarded loop needs is the line with ``controller.step``."""
     model, optimizer, scheduler = job.model, job.optimizer, job.scheduler
     for attempt, (number, micro_batches) in enumerate(controller.batches(job.batches())):
-        record.begin_batch(number)
+        record.begin_batch(number, attempt)
         for batch in micro_batches:
             loss = job.loss_fn(model, job.injector.batch(attempt, batch)) / len(micro_batches)
             loss.backward()
@@ -199,6 +199,7 @@ def _controller(job: Job, task: Task, record: RunRecorder) -> Controller:
         every=AdaptiveCadence() if options.every == ADAPTIVE else int(options.every),
         signals=(UpdateRms(), UpdateRatio(), GroupNorms()) if options.update_signals else (),
         mode="observe" if options.observe else "enforce",
+        decision=options.decision,
         probe_on=options.probe_on,
         timeout=options.timeout,
         on_event=record.event,

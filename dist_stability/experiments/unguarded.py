@@ -87,6 +87,7 @@ class Unguarded:
                     "action": str(action),
                     "would": None,
                     "undone": [],
+                    "final": True,
                     "reason": "",
                     "rung": "",
                     "pattern": "",

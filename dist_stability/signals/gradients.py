@@ -90,6 +90,18 @@ class Gradients:
             replicas = constants(self.device, [float(residence.replicas) for _, _, residence in self.parameters])
             return row(self.device, *everyone).square_().div_(replicas)
 
+    def forget(self) -> None:
+        """Let go of the gradients, which are about to change; numbers that were computed from them stay."""
+        self.__dict__.pop("local", None)
+
+    def spoilt(self) -> list[str]:
+        """Parameters whose :attr:`squares` are not finite, as far as those were computed. Waits for the device."""
+        squares = self.__dict__.get("squares")
+        if squares is None:
+            return []
+        names = (name for name, _, _ in self.parameters)
+        return [name for name, finite in zip(names, squares.isfinite().tolist(), strict=True) if not finite]
+
     @cached_property
     def square_sum(self) -> Tensor:
         """Sum of :attr:`squares`, 0-d: summed over all ranks it is the squared global norm."""

@@ -64,7 +64,7 @@ class TrainingLoss(Signal):
         Raises:
             TypeError, ValueError: It is no number, or has several.
         """
-        value = float(as_scalar(loss, "the training loss"))
+        value = loss if isinstance(loss, float) else float(as_scalar(loss, "the training loss"))
         values = {f"{self.name}": value, **self._statistics(value)}
         if math.isfinite(value):
             self._recent.append(value)

@@ -74,6 +74,21 @@ def test_a_refused_batch_leaves_the_state_of_a_run_that_dropped_it(tmp_path: Pat
     assert kept == dict(zip(twin["probe"]["batch"], twin["probe"]["value"], strict=True))
 
 
+@pytest.mark.parametrize("batch", [3, 7])
+def test_a_deferred_verdict_costs_the_guilty_batch_alone(tmp_path: Path, batch: int) -> None:
+    """The next one, which was trained on with refused weights, is shown again; there is none after the last."""
+    extra = ("--dropout", "0.1", "--clip-grad-norm", "1.0", "--accumulate", "2", "--state-digest")
+    fault = ("--inject", f"bit-flip:step={batch},rank=0,where=parameter")
+    guarded = run(tmp_path / "guarded", "--decision", "deferred", *fault, *extra)
+    twin = run(tmp_path / "twin", "--rule", "off", "--skip-batches", f"{batch}", *extra)
+    assert guarded["refused"] == [batch] and guarded["undone"] == []
+    assert differences(state(tmp_path / "guarded"), state(tmp_path / "twin")) == []
+    assert guarded["final_probe"] == twin["final_probe"] and guarded["evaluation"] == twin["evaluation"]
+    events = read_events(tmp_path / "guarded" / "events.jsonl")
+    assert [event["attempt"] for event in events] == list(range(len(events)))
+    assert [event["batch"] for event in events][:batch] == list(range(batch))
+
+
 def test_a_fault_hits_the_unguarded_run_too(tmp_path: Path) -> None:
     clean = run(tmp_path / "clean", "--rule", "off")
     scaled = run(tmp_path / "scaled", "--rule", "off", "--inject", "gradient-scale:step=3,factor=-50,length=2")
