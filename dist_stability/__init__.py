@@ -9,6 +9,7 @@ from .cadence import AdaptiveCadence
 from .controller import StabilityController
 from .errors import LockstepError, SnapshotError, StabilityError, StabilityStop
 from .guards import GradientNormGuard, NonFiniteGuard
+from .measured_cadence import MeasuredCadence
 from .rules import FixedInnovation, PredictiveInnovation
 from .rules.trend import SlowDivergence
 from .rungs import Escalation
@@ -24,6 +25,7 @@ __all__ = [
     "Judgement",
     "LockstepError",
     "LossProbe",
+    "MeasuredCadence",
     "NonFiniteGuard",
     "PredictiveInnovation",
     "SlowDivergence",

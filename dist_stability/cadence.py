@@ -1,11 +1,13 @@
 """Which attempts are probed: every k-th one, or often while the run is restless and seldom while it is calm.
 
+The third, :class:`~dist_stability.measured_cadence.MeasuredCadence`, is as often as a bound on the overhead allows.
+
 A judged attempt costs a probe, a vote and a snapshot; what it buys is that a bad update is found at once, with nothing
 good to undo. Far apart, probes find it later: no more than one interval later, which is what every cadence promises.
 
 A rank that probes while another does not would wait for ever, so a cadence is a pure function of what all ranks agree
-on: it has no clock and no random numbers, and is told of verdicts and of numbers that were agreed in a vote or are the
-same everywhere by construction. Told the same, it chooses the same on every rank.
+on: it looks at no clock and draws no random numbers, and is told of verdicts and of numbers that were agreed in a vote
+or are the same everywhere by construction. Told the same, it chooses the same on every rank.
 
 Who calls what (the controller, in this order)::
 
@@ -51,7 +53,8 @@ class Cadence(Protocol):
         evidence: float = 0.0,
         norm_score: float | None = None,
         learning_rate: float | None = None,
-    ) -> None:
+        seconds: float | None = None,
+    ) -> str | None:
         """Hear what became of an attempt. Every argument must be equal on all ranks.
 
         Args:
@@ -62,6 +65,11 @@ class Cadence(Protocol):
             evidence: The rule's gradient evidence, in scales.
             norm_score: Robust score of the gradient norm, in scales; None when the norm is not known.
             learning_rate: Largest announced learning rate; None when unknown.
+            seconds: At a judged attempt: how long it took, in the mean over ranks, from the reading of the vote before
+                the last one to the reading of the last one; None when unknown.
+
+        Returns:
+            What was chosen and why, in one line, when there is something to say; it goes into the event.
         """
         ...
 
@@ -94,7 +102,7 @@ class FixedCadence:
 
     def __init__(self, every: int = 1) -> None:
         """Check the setting."""
-        self.most = _whole("every", every)
+        self.most = whole("every", every)
         self._held = 0
 
     def judged(self, attempt: int) -> bool:
@@ -111,13 +119,14 @@ class FixedCadence:
         evidence: float = 0.0,
         norm_score: float | None = None,
         learning_rate: float | None = None,
+        seconds: float | None = None,
     ) -> None:
         """Count down a hold; nothing else changes this cadence."""
         self._held = max(0, self._held - 1)
 
     def hold(self, attempts: int) -> None:
         """Judge each of the next ``attempts`` attempts."""
-        self._held = max(self._held, _whole("attempts", attempts, least=0))
+        self._held = max(self._held, whole("attempts", attempts, least=0))
 
     def settings(self) -> dict[str, Any]:
         """How it was built, for comparison over ranks."""
@@ -161,8 +170,8 @@ class AdaptiveCadence:
 
     def __init__(self, most: int = 16, calm: int = 16, restless: float = 0.5) -> None:
         """Start at an interval of 1."""
-        self.most = _whole("most", most)
-        self.calm = _whole("calm", calm)
+        self.most = whole("most", most)
+        self.calm = whole("calm", calm)
         self.restless = checked_setting("restless", restless, "a number above 0, at most 1", lambda x: 0 < x <= 1)
         self._interval = 1
         self._row = 0
@@ -189,6 +198,7 @@ class AdaptiveCadence:
         evidence: float = 0.0,
         norm_score: float | None = None,
         learning_rate: float | None = None,
+        seconds: float | None = None,
     ) -> None:
         """Lengthen or shorten the interval; see :meth:`Cadence.record`."""
         self._held = max(0, self._held - 1)
@@ -211,7 +221,7 @@ class AdaptiveCadence:
 
     def hold(self, attempts: int) -> None:
         """Judge each of the next ``attempts`` attempts; what is learned from them counts as ever."""
-        self._held = max(self._held, _whole("attempts", attempts, least=0))
+        self._held = max(self._held, whole("attempts", attempts, least=0))
 
     def settings(self) -> dict[str, Any]:
         """How it was built, for comparison over ranks."""
@@ -248,7 +258,12 @@ class AdaptiveCadence:
         return before is not None and learning_rate > LEARNING_RATE_JUMP * before
 
 
-def _whole(name: str, value: object, least: int = 1) -> int:
+def whole(name: str, value: object, least: int = 1) -> int:
+    """Return a setting that is a whole number.
+
+    Raises:
+        TypeError, ValueError: Naming the setting, what was expected and what came.
+    """
     if not isinstance(value, int) or isinstance(value, bool):
         raise TypeError(f"{name}: expected a whole number, got {value!r} of type {type(value).__name__}")
     if value < least:

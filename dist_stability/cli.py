@@ -7,11 +7,13 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from dist_stability.experiments.paper.protocol import ARMS, FAULTS
 from dist_stability.report.events import write_json
 
 BENCH_PARTS = ("open-loop", "noise", "bloom", "closed-loop")
+ENGINE_PARTS = ("snapshot", "step", "restore", "scale")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -60,6 +62,27 @@ def _bench(options: argparse.Namespace) -> int:
     except (MissingExtra, ValueError) as error:
         return _failed(error)
     for name in ("report.html", "tables.md", "summary.json"):
+        print(options.out / name)
+    return 0
+
+
+def _bench_engine(options: argparse.Namespace) -> int:
+    from dist_stability.bench.engine.command import bench, bench_gpu
+    from dist_stability.bench.engine.ranks import RanksFailed
+    from dist_stability.report.extras import MissingExtra, import_extra
+
+    try:
+        import_extra("matplotlib.figure", "the benchmark's figure")
+        if options.name == "gpu":
+            bench_gpu(options.out, quick=options.quick, ranks=options.ranks)
+            names = [f"{part}/report.html" for part in ENGINE_PARTS] + ["summary.json"]
+        else:
+            settings = {key: getattr(options, key) for key in ("device", "ranks", "link") if hasattr(options, key)}
+            bench(options.name, options.out, quick=options.quick, **settings)
+            names = ["report.html", "tables.md", "summary.json"]
+    except (MissingExtra, ValueError, RanksFailed) as error:
+        return _failed(error)
+    for name in names:
         print(options.out / name)
     return 0
 
@@ -158,8 +181,9 @@ def _parser() -> argparse.ArgumentParser:
     experiment.add_argument("--quick", action="store_true", help="a few steps of everything, to see that it runs")
     experiment.set_defaults(run=_experiment)
 
-    bench = commands.add_parser("bench", help="what the rules are worth, measured: recordings, noise, closed loop")
-    bench.add_argument("name", choices=["detection"], metavar="NAME", help="detection")
+    benches = commands.add_parser("bench", help="what the parts are worth and what they cost, measured")
+    kinds = benches.add_subparsers(required=True, metavar="NAME")
+    bench = kinds.add_parser("detection", help="what the rules are worth: recordings, noise, closed loop")
     bench.add_argument(
         "--out", type=Path, default=Path("out/bench-detection"), metavar="DIR", help="default: %(default)s"
     )
@@ -181,6 +205,7 @@ def _parser() -> argparse.ArgumentParser:
     bench.add_argument("--arms", nargs="+", metavar="RULE", help="of the closed loop; default: all, which takes hours")
     bench.add_argument("--tasks", nargs="+", metavar="TASK", help="of the closed loop; default: all")
     bench.set_defaults(run=_bench)
+    _add_engine_benches(kinds)
 
     report = commands.add_parser("report", help="figures and one page for a run, or for a folder of runs")
     report.add_argument("run_folder", type=Path, metavar="RUN", help="what a run was given as --out")
@@ -191,3 +216,27 @@ def _parser() -> argparse.ArgumentParser:
     doctor.add_argument("--out", type=Path, default=Path("out/doctor"), metavar="DIR", help="default: %(default)s")
     doctor.set_defaults(run=_doctor)
     return parser
+
+
+def _add_engine_benches(kinds: Any) -> None:
+    """The benchmarks of what a guarded step costs."""
+    said = {
+        "snapshot": "what a copy of the state costs the host, beside other ways to take one",
+        "step": "whole training steps: plain, guarded in several ways, clone + deepcopy",
+        "restore": "how long a restore and a whole rollback take, over a memcpy",
+        "scale": "bytes, link time and collectives of Llama-3 at 8 to 16,384 ranks, planned without them",
+        "gpu": "all of these on a GPU, in less than ten minutes",
+    }
+    for name, help_text in said.items():
+        bench = kinds.add_parser(name, help=help_text)
+        default = Path(f"out/bench-{name}")
+        bench.add_argument("--out", type=Path, default=default, metavar="DIR", help="default: %(default)s")
+        bench.add_argument("--quick", action="store_true", help="as little as possible, to see that it runs")
+        if name in ("snapshot", "step", "restore"):
+            bench.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: %(default)s")
+        if name in ("step", "restore", "gpu"):
+            text = "with two or more, DDP and FSDP2 on as many processes, too; default: 1"
+            bench.add_argument("--ranks", type=int, default=1, metavar="N", help=text)
+        if name == "scale":
+            bench.add_argument("--link", type=float, metavar="GB/S", help="from device to host; default: 50, as stated")
+        bench.set_defaults(run=_bench_engine, name=name)

@@ -28,7 +28,7 @@ import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from types import TracebackType
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -46,6 +46,7 @@ from .hooks import FirstForward, OptimizerHooks
 from .judging import Judging, Question
 from .learning_rate import RateCut, announced
 from .ledger import Ledger
+from .measured_cadence import MeasuredCadence
 from .measuring import Measuring
 from .recovery import Recovery
 from .replay import Replay
@@ -54,7 +55,7 @@ from .rules.panel import Panel, Trend
 from .rules.trend import SlowDivergence
 from .rungs import Escalation, Rung
 from .settlement import Outcome, Settlement
-from .signals import Gradients, LossProbe, Monitor, Signal, SignalValues, StepContext, host_values
+from .signals import Gradients, JudgedPeriod, LossProbe, Monitor, Signal, SignalValues, StepContext, host_values
 from .startup import agree_on_replicas, agree_on_settings, make_vote, world_of
 from .validation import check_not_fused_into_backward, check_optimizers, check_parts, check_scaler, check_settings
 from .verdict import Action, Verdict
@@ -78,8 +79,10 @@ class StabilityController:
         guards: Look at the gradients before the step; their "no" is a veto.
         extra_state: By name, what else belongs to the state: schedulers, an EMA, anything with ``state_dict`` and
             ``load_state_dict``. Deep-copied on entry of every step, so keep it small.
-        every: Judge attempts t with (t + 1) % every == 0, or when an :class:`AdaptiveCadence` says so. The others are
-            accepted as ``unjudged``; a refusal takes them back (:meth:`batches` gives back what was good in them).
+        every: Judge attempts t with (t + 1) % every == 0, or when an :class:`AdaptiveCadence` says so, or "auto": as
+            often as costs at most 2 % of the training time, measured (:class:`MeasuredCadence` for another bound). The
+            others are accepted as ``unjudged``; a refusal takes them back (:meth:`batches` gives back what was good in
+            them).
         mode: "enforce", or "observe": probe, vote and log what would be done, but always accept.
         decision: "immediate", or "deferred": ``step()`` begins the vote and returns a provisional verdict, and the next
             ``step()`` reads it, so that the host waits for nothing. A refusal then takes back the step before, whatever
@@ -127,7 +130,7 @@ class StabilityController:
         guards: Sequence[Guard] = (),
         extra_state: Mapping[str, Any] | None = None,
         *,
-        every: int | Cadence = 1,
+        every: int | Cadence | Literal["auto"] = 1,
         mode: str = "enforce",
         decision: str = "immediate",
         probe_on: str = "rank0",
@@ -150,13 +153,14 @@ class StabilityController:
         check_settings(every, mode, probe_on, timeout, replica_check_every, anchors, escalation, decision)
         self.model, self.rule, self.mode, self.decision = model, rule, mode, decision
         self._deferred = decision == "deferred"
-        self.cadence = FixedCadence(every) if isinstance(every, int) else every
+        self.cadence = _cadence(every)
         self._enforced = mode == "enforce"
         self._optimizers = optimizers
         self._timeout, self._probe_on, self._replica_check_every = float(timeout), probe_on, replica_check_every
         self._on_event = on_event
         self._ladder = Ladder(escalation)
-        self._monitor = Monitor(signals)
+        clock = (JudgedPeriod(),) if isinstance(self.cadence, MeasuredCadence) else ()
+        self._monitor = Monitor((*signals, *clock))
         self._panel = Panel(rule, confirm is not None, trend, StepCollapse())
         self._guarantees = Guarantees()
         self._ledger = Ledger()
@@ -697,12 +701,12 @@ class StabilityController:
         if not begun:
             self._first_forward.arm()
             self._phases.enter("done")
-        self._record_cadence(attempt, verdict, decision)
+        chosen = self._record_cadence(attempt, verdict, decision)
         if self._replay is not None and attempt.provisional:
             self._replay.settle_late(verdict, attempt.index)
         elif self._replay is not None:
             self._replay.settle(verdict)
-        self._tell(attempt, verdict, decision)
+        self._tell(attempt, verdict, decision, chosen)
         self._ledger.close(verdict, attempt.norm)
         if not begun:
             self._phases.attempt = self._ledger.attempt
@@ -711,21 +715,22 @@ class StabilityController:
             self._stop(verdict)
         return verdict
 
-    def _tell(self, attempt: Attempt, verdict: Verdict, decision: Decision) -> None:
+    def _tell(self, attempt: Attempt, verdict: Verdict, decision: Decision, cadence: str | None = None) -> None:
         if self._on_event is not None:
-            self._on_event(event_of(attempt, verdict, decision, self._ledger.steps))
+            self._on_event({**event_of(attempt, verdict, decision, self._ledger.steps), "cadence": cadence})
 
-    def _record_cadence(self, attempt: Attempt, verdict: Verdict, decision: Decision) -> None:
+    def _record_cadence(self, attempt: Attempt, verdict: Verdict, decision: Decision) -> str | None:
         innovation, bound, fraction = verdict.innovation, verdict.bound, None
         if innovation is not None and bound is not None and math.isfinite(innovation) and 0 < bound < math.inf:
             fraction = innovation / bound
-        self.cadence.record(
+        return self.cadence.record(
             attempt=attempt.index,
             judged=attempt.judged,
             accepted=verdict.accepted,
             fraction=fraction,
             evidence=0.0 if decision.judgement is None else decision.judgement.evidence,
             learning_rate=attempt.learning_rate,
+            seconds=attempt.signals.values.get(JudgedPeriod.name),
         )
 
     def _stop(self, verdict: Verdict) -> None:
@@ -810,3 +815,9 @@ class StabilityController:
         """
         if self._phases.watch is not None and not isinstance(error, LockstepError):
             self._phases.watch.fail(self._ledger.attempt, one_line(error) or "")
+
+
+def _cadence(every: int | Cadence | str) -> Cadence:
+    if isinstance(every, int):
+        return FixedCadence(every)
+    return MeasuredCadence() if isinstance(every, str) else every

@@ -112,11 +112,11 @@ def check_settings(
         ValueError: Out of range, saying what is allowed.
     """
     whole: list[tuple[str, Any, int]] = [("replica_check_every", replica_check_every, 0), ("anchors", anchors, 0)]
-    if not isinstance(every, Cadence) or isinstance(every, type):
+    if every != "auto" and (not isinstance(every, Cadence) or isinstance(every, type)):
         whole.append(("every", every, 1))
     for name, number, least in whole:
         if not isinstance(number, int) or isinstance(number, bool):
-            cadence = " (or give an AdaptiveCadence())" if name == "every" else ""
+            cadence = ' (or give "auto" or an AdaptiveCadence())' if name == "every" else ""
             raise TypeError(f"{name}: expected a whole number, got {number!r}{cadence}")
         if number < least:
             raise ValueError(f"{name}: expected at least {least}, got {number}")

@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from dist_stability import MeasuredCadence
 from dist_stability.cadence import LEARNING_RATE_JUMP, NORM_SCORE_RESTLESS, AdaptiveCadence, Cadence, FixedCadence
 
 CALM: dict[str, Any] = {"accepted": True, "fraction": 0.1, "evidence": 0.0, "norm_score": 0.0}
@@ -21,11 +22,13 @@ FACTS = st.fixed_dictionaries(
         "evidence": st.one_of(st.just(0.0), NUMBER),
         "norm_score": st.one_of(st.none(), st.floats(-1, 3.5), NUMBER),
         "learning_rate": st.one_of(st.none(), st.floats(0, 1e-3), NUMBER),
+        "seconds": st.one_of(st.none(), st.floats(1e-3, 1.0), NUMBER),
     }
 )
 CADENCES = st.one_of(
     st.builds(FixedCadence, st.integers(1, 20)),
     st.builds(AdaptiveCadence, st.integers(1, 40), st.integers(1, 5), st.sampled_from([0.1, 0.5, 1.0])),
+    st.builds(MeasuredCadence, st.sampled_from([1e-3, 0.02, 1.0]), st.integers(2, 40)),
 )
 
 
@@ -48,6 +51,13 @@ def calm_at(interval: int, most: int = 16, calm: int = 3) -> AdaptiveCadence:
         cadence.record(attempt=attempt, judged=cadence.judged(attempt), **CALM)
         attempt += 1
     assert cadence.interval == interval
+    return cadence
+
+
+def measured_at(interval: int) -> MeasuredCadence:
+    """A measured cadence at rest at this interval, just after a judged commit."""
+    cadence = MeasuredCadence()
+    cadence.load_state_dict({**cadence.state_dict(), "interval": interval, "chosen": True, "left": 10})
     return cadence
 
 
@@ -141,7 +151,11 @@ def test_a_judged_attempt_that_was_vetoed_is_made_up_for() -> None:
     assert run(cadence, [CALM, CALM, CALM, {**CALM, "accepted": False}, CALM]) == [False, False, False, True, True]
 
 
-@pytest.mark.parametrize("make", [lambda: FixedCadence(16), lambda: calm_at(16)], ids=["fixed", "adaptive"])
+@pytest.mark.parametrize(
+    "make",
+    [lambda: FixedCadence(16), lambda: calm_at(16), lambda: measured_at(16)],
+    ids=["fixed", "adaptive", "measured"],
+)
 def test_hold(make: Any) -> None:
     cadence = make()
     cadence.hold(3)
@@ -190,8 +204,8 @@ def test_adaptive_never_waits_after_unrest(facts: list[dict[str, Any]], most: in
             assert now
 
 
-def test_both_are_cadences() -> None:
-    assert isinstance(FixedCadence(), Cadence) and isinstance(AdaptiveCadence(), Cadence)
+def test_all_are_cadences() -> None:
+    assert all(isinstance(cadence, Cadence) for cadence in (FixedCadence(), AdaptiveCadence(), MeasuredCadence()))
     assert FixedCadence(4).settings() != FixedCadence(5).settings()
     assert AdaptiveCadence(4).settings() != AdaptiveCadence(4, restless=0.6).settings()
 

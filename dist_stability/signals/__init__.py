@@ -13,6 +13,7 @@ from .learning_rate import LearningRate
 from .loss import TrainingLoss
 from .loss_scale import LossScale
 from .monitor import Monitor, host_values, measure, step_context, verdict_values
+from .period import JudgedPeriod
 from .probe import LossProbe, Reading
 from .updates import UpdateRatio, UpdateRms
 
@@ -21,6 +22,7 @@ __all__ = [
     "GradientAgreement",
     "Gradients",
     "GroupNorms",
+    "JudgedPeriod",
     "LearningRate",
     "LossProbe",
     "LossScale",
