@@ -161,11 +161,15 @@ class Phases:
             listener(self.attempt, phase)
 
     def chunk(self, phase: str) -> Callable[[], None]:
-        """A callback for code that works in chunks: one more chunk of ``phase`` is done."""
+        """A callback for code that works in chunks: one more chunk of ``phase`` is done.
+
+        A copy may go on beside the next attempt, and in another thread: its chunks belong to the attempt of this call.
+        """
+        attempt = self.attempt
 
         def tell() -> None:
             for listener in self.listeners:
-                listener(self.attempt, phase)
+                listener(attempt, phase)
 
         return tell
 

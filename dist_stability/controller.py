@@ -335,6 +335,7 @@ class StabilityController:
             self._hooks.close()
             self._hooks = None
         self._first_forward.close()
+        self._recovery.close()
         if self._phases.watch is not None:
             self._phases.watch.close()
         self._vote.close()
@@ -534,6 +535,7 @@ class StabilityController:
                 self._veto.agree(attempt, later=deferred and not pending, now=deferred and pending)
             else:
                 attempt.vetoed = False
+        self._recovery.before_step()
         self._open = attempt
         self._phases.enter("step")
         if not attempt.vetoed:

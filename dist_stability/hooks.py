@@ -78,7 +78,7 @@ class OptimizerHooks:
         before: Callable[[], None],
         after: Callable[[], bool],
     ) -> None:
-        """Register the hooks."""
+        """Register the hooks. They run outside of compiled code: ``torch.compile(optimizer.step)`` has them inside."""
         self._open = before
         self._close = after
         self._optimizers = list(optimizers)
@@ -121,7 +121,7 @@ class OptimizerHooks:
                 return (args[0], wrapped, *args[2:]), kwargs
             return args, {**kwargs, "closure": wrapped}
 
-        return hook
+        return torch.compiler.disable(hook)
 
     def _wrap(self, closure: Callable[[], Any], first: bool) -> Callable[[], Any]:
         calls = 0
@@ -150,7 +150,7 @@ class OptimizerHooks:
             if not self._close():
                 self._skip.update(id(scheduler) for scheduler in self._schedulers)
 
-        return hook
+        return torch.compiler.disable(hook)
 
     def _quiet(self, kind: type) -> type:
         """A subclass of the scheduler's class whose ``step`` can be skipped once.

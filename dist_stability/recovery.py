@@ -24,7 +24,7 @@ from . import parallel
 from .attempt import Attempt, Phases, one_line
 from .errors import LockstepError, SnapshotError
 from .rules import Guarantees
-from .snapshot import Digests, EntryState, ForwardState, Slot, SlotRing, StatePlan
+from .snapshot import Copier, Digests, EntryState, ForwardState, Slot, SlotRing, StatePlan
 from .vote import Ballot, Vote
 
 
@@ -58,10 +58,9 @@ class Recovery:
         self._optimizers = tuple(optimizers)
         self._extra_state = dict(extra_state)
         self._world = world
-        self._anchors = anchors
         self._phases = phases
         self.plan = self.build_plan()
-        self.ring = SlotRing(anchors)
+        self.ring = SlotRing(anchors, Copier())
         # What an attempt that follows unjudged ones would be undone to by a veto; a rollback goes further back.
         self._scratch = ForwardState(model)
         self._forward = self._scratch
@@ -107,8 +106,9 @@ class Recovery:
 
     def adopt(self, attempt: int) -> None:
         """Take what stands, however it came about, as committed; older states are given up."""
+        self.before_step()
         self.plan = self.build_plan()
-        self.ring = SlotRing(self._anchors)
+        self.ring.reset()
         self.commit(self.plan, attempt)
 
     def proposal_plan(self) -> StatePlan:
@@ -124,7 +124,7 @@ class Recovery:
         rule_anchor: dict[str, Any] | None = None,
         digests: Digests | None = None,
     ) -> None:
-        """Copy the committed state into a free slot, and only then let go of the one before.
+        """Start to copy the committed state into a free slot; the one before goes when the bytes are there.
 
         Args:
             plan: From :meth:`proposal_plan`.
@@ -176,6 +176,22 @@ class Recovery:
             self._held.release()
             self._held = None
 
+    def before_step(self) -> None:
+        """The barrier between a commit and the next change of the state: the copy comes first.
+
+        To be called before the optimizers run, and before anything else that writes to parameters or optimizer state.
+        On an accelerator the device waits and the host does not.
+
+        Raises:
+            SnapshotError: A copy failed on this rank. The state is still the committed one, and the snapshot before it
+                is sound.
+        """
+        self.ring.order()
+
+    def close(self) -> None:
+        """Give the host memory back. Nothing can be undone afterwards."""
+        self.ring.close()
+
     # ------------------------------------------------------------------ undo
 
     def undo_forward(self, scaler: Any) -> None:
@@ -204,6 +220,7 @@ class Recovery:
             LockstepError: On every rank: a restore failed half-way on some rank.
         """
         self._phases.enter("restore")
+        self.before_step()
         trouble: list[str] = []
         for slot in self.ring.no_newer_than(wanted):
             damaged = slot.verify()

@@ -166,6 +166,7 @@ class Settlement:
             # The optimizer fails everywhere: a fault of the program, not of one rank. Nothing is lost by it.
             self._restore(attempt)
             raise decision.fatal
+        self._recovery.before_step()  # whatever is done about it writes to the state
         response = self._ladder.refused(self._facts(attempt, decision))
         judgement = decision.judgement
         if judgement is not None and not judgement.accepted and decision.measurement is not None:

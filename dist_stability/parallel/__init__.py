@@ -8,7 +8,7 @@ from ._classes import this_rank
 from .layout import Layout, Residence, optimizer_state, residence
 from .modules import data_replica, describe, forward_groups, forward_module, has_collectives, reshard
 from .norm import clip_grad_norm_
-from .tensors import Wrapping, is_dtensor, local, wrapping
+from .tensors import Wrapping, is_dtensor, is_wrapped_as, local, wrapping
 
 __all__ = [
     "Layout",
@@ -21,6 +21,7 @@ __all__ = [
     "forward_module",
     "has_collectives",
     "is_dtensor",
+    "is_wrapped_as",
     "local",
     "optimizer_state",
     "reshard",

@@ -51,6 +51,18 @@ class Wrapping:
         )
 
 
+def is_wrapped_as(tensor: torch.Tensor, layout: Wrapping | None) -> bool:
+    """Whether ``wrapping(tensor) == layout``, its global shape aside; asks less than making one."""
+    if not isinstance(tensor, DTensor):
+        return layout is None
+    return (
+        layout is not None
+        and (tensor.device_mesh is layout.mesh or tensor.device_mesh == layout.mesh)
+        and tuple(tensor.placements) == layout.placements
+        and tensor.stride() == layout.stride
+    )
+
+
 def wrapping(tensor: torch.Tensor) -> Wrapping | None:
     """The layout of a DTensor; None for a tensor that is not one."""
     if not isinstance(tensor, DTensor):

@@ -4,7 +4,9 @@
 :class:`ForwardState` and :class:`EntryState` hold what is not in tensors of the plan. Nothing here enters a collective.
 """
 
+from .arena import Arena
 from .buffers import BufferCopies
+from .copier import Copier, HostWork
 from .digest import digest
 from .host import EntryState, ForwardState
 from .plan import Digests, Entry, StatePlan
@@ -13,11 +15,14 @@ from .rng import RandomState, forked
 from .slot import Slot, SlotState
 
 __all__ = [
+    "Arena",
     "BufferCopies",
+    "Copier",
     "Digests",
     "Entry",
     "EntryState",
     "ForwardState",
+    "HostWork",
     "RandomState",
     "Slot",
     "SlotRing",

@@ -93,13 +93,13 @@ def _on_one_device(tensors: Sequence[torch.Tensor], device: torch.device) -> tor
     for index, tensor in enumerate(tensors):
         words = -(-tensor.numel() * tensor.element_size() // _WORD)
         if words > CHUNK:
-            result[index] = _of_long(_bytes(tensor))
+            result[index] = _of_long(bytes_of(tensor))
             continue
         if waiting + words > SMALL_BUCKET:
             _of_many(small, result)
             small, waiting = {}, 0
         if words:
-            small[index] = _bytes(tensor)
+            small[index] = bytes_of(tensor)
             waiting += words
     if small:
         _of_many(small, result)
@@ -142,8 +142,10 @@ def _of_many(small: dict[int, torch.Tensor], result: torch.Tensor) -> None:
     result.index_copy_(0, _integers(tuple(small), device), sums * _odd(_CHUNKS, 1, device))
 
 
-def _bytes(tensor: torch.Tensor) -> torch.Tensor:
+def bytes_of(tensor: torch.Tensor) -> torch.Tensor:
     """The elements in logical order as bytes; a view where the tensor is contiguous."""
+    if tensor.dtype is torch.uint8 and tensor.dim() == 1 and tensor.is_contiguous():
+        return tensor
     dense = tensor.detach().resolve_conj().resolve_neg().contiguous()
     # Not view(-1) or reshape(-1): a row (or single element) with gaps may keep its stride, which has no view as bytes.
     return dense.as_strided((dense.numel(),), (1,)).view(torch.uint8)

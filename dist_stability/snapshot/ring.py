@@ -1,10 +1,15 @@
-"""The last few snapshots: the last committed state, older anchors, and one slot to fill."""
+"""The last few snapshots: the last committed state, older anchors, and one slot to fill.
+
+A committed slot may still be on its way to the host. Until its bytes are there, the safe slot before it stays VALID and
+is not filled again.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 
 from ..errors import SnapshotError
+from .copier import Copier, HostWork
 from .slot import Slot, SlotState
 
 
@@ -16,15 +21,19 @@ class SlotRing:
         anchors: Older committed states for a deep rollback, oldest first; after one, several may be the same slot.
     """
 
-    def __init__(self, anchors: int) -> None:
+    def __init__(self, anchors: int, copier: Copier | None = None) -> None:
         """Make the slots; memory comes with the first fill of each.
 
         Args:
             anchors: How many older states are kept, >= 0.
+            copier: Moves the bytes; by default everything on the CPU is done at once.
         """
         self._kept = anchors
-        self._slots = [Slot() for _ in range(2 + anchors)]
+        self._copier = Copier(HostWork.NONE) if copier is None else copier
+        self._slots: list[Slot] = []
+        self._slots += [Slot(self._copier, self._slots) for _ in range(2 + anchors)]
         self._safe: Slot | None = None
+        self._before: Slot | None = None  # safe until the bytes of the safe one are there
         self.anchors: list[Slot] = []
 
     @property
@@ -35,23 +44,60 @@ class SlotRing:
         return self._safe
 
     def begin(self) -> Slot:
-        """A slot to fill: one that is neither safe nor an anchor. What an interrupted fill left in it is given up."""
+        """A slot to fill: one that is neither safe nor an anchor. What an interrupted fill left in it is given up.
+
+        Raises:
+            SnapshotError: The copy of the safe one failed, and there is no other slot.
+        """
+        self._let_go()
+        if all(self._in_use(slot) for slot in self._slots):
+            self.safe.assure()
+            self._before = None
         slot = next(slot for slot in self._slots if not self._in_use(slot))
         slot.release()
         return slot
 
     def commit(self, slot: Slot, as_anchor: bool = False) -> None:
-        """Make a valid slot the safe one, and the newest anchor if asked to.
+        """Make a published slot the safe one, and the newest anchor if asked to.
 
         Raises:
-            SnapshotError: The slot is not VALID: an incomplete copy must never replace a good one.
+            SnapshotError: The slot is neither VALID nor about to be: an incomplete copy must never replace a good one.
         """
-        if slot.state is not SlotState.VALID:
+        if not slot.published:
             raise SnapshotError(f"a slot that is {slot.state} cannot become the safe one")
+        if self._safe is not slot and (self._safe is None or self._safe.state is SlotState.VALID):
+            self._before = self._safe
         self._safe = slot
         if as_anchor and self._kept:
             self.anchors = [*self.anchors, slot][-self._kept :]
+        self._let_go()
         self._release_unused()
+
+    def order(self) -> None:
+        """The barrier: what changes the state from here on comes after every copy. The host waits for no device.
+
+        Raises:
+            SnapshotError: A copy failed; the safe slot before it is still VALID.
+        """
+        for slot in self._slots:
+            slot.order()
+        self._let_go()
+
+    def reset(self) -> None:
+        """Give up every state, keep the memory."""
+        self._safe, self._before, self.anchors = None, None, []
+        self._release_unused()
+
+    def close(self) -> None:
+        """Wait for what is under way, and give the memory back. Nothing can be restored afterwards.
+
+        The memory under a copy that does not end within seconds is left to the end of the process: the device is stuck,
+        in a collective that lost its peers for example.
+        """
+        self.reset()
+        for slot in self._slots:
+            slot.close()
+        self._copier.close()
 
     def fall_back(self, slot: Slot) -> None:
         """After ``slot`` was restored: it is the safe one, and takes the place of every newer anchor.
@@ -61,7 +107,7 @@ class SlotRing:
         """
         if slot is self._safe:
             return
-        self._safe = slot
+        self._safe, self._before = slot, None
         self.anchors = [anchor if anchor.attempt < slot.attempt else slot for anchor in self.anchors]
         self._release_unused()
 
@@ -85,7 +131,16 @@ class SlotRing:
                 yield other
 
     def _in_use(self, slot: Slot) -> bool:
-        return slot is self._safe or any(slot is anchor for anchor in self.anchors)
+        return slot is self._safe or slot is self._before or any(slot is anchor for anchor in self.anchors)
+
+    def _let_go(self) -> None:
+        """Release the slot that was safe before, once the safe one is there."""
+        there = self._safe is not None and self._safe.landed() and self._safe.state is SlotState.VALID
+        before = self._before
+        if there and before is not None:
+            self._before = None
+            if not self._in_use(before):
+                before.release()
 
     def _release_unused(self) -> None:
         for slot in self._slots:

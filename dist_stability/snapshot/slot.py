@@ -1,17 +1,22 @@
 """One host copy of the planned state.
 
-Lifecycle: FREE -> ``fill`` -> FILLING -> COMPLETE -> ``publish`` -> VALID -> ``release`` -> FREE. A fill that is
-interrupted leaves the slot FILLING; it then never becomes VALID, and every other slot is as it was. Only COMPLETE and
-VALID slots can be verified and restored.
+Lifecycle: FREE -> ``fill`` -> FILLING -> COMPLETE -> ``publish`` -> VALID -> ``release`` -> FREE. COMPLETE means that
+the bytes and their digest are there. What a fill has started may still be under way when it returns (copier.py): the
+slot is FILLING until then, and a ``publish`` takes effect when it is over. A fill that is interrupted leaves the slot
+FILLING; it then never becomes VALID, and every other slot is as it was. Only COMPLETE and VALID slots can be verified
+and restored; both wait on the host for what is under way.
 
-On CUDA the copies are queued on the current stream and ``fill`` returns before they are done. State must not change
-before they are, which holds for work queued on the same stream later; ``verify`` and ``restore`` wait on the host.
+Entry contract: ``order`` is called before anything changes the state after a fill.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import contextlib
+import time
+import warnings
+from collections.abc import Callable, Sequence
 from enum import StrEnum
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,16 +24,16 @@ from torch.optim import Optimizer
 
 from .. import parallel
 from ..errors import SnapshotError
+from .arena import Arena, check_budget
+from .copier import Bucket, Copier, HostWork, ThreadTransfer, Transfer, chunks, copy_on_host, view_in
+from .digest import bytes_of
 from .host import EntryState, ForwardState
+from .layout import Layout
 from .plan import Digests, StatePlan
 from .tree import Held, Overlay
 
-ALIGNMENT = 64
-"""Bytes: the copies of two tensors share no cache line, and any element type may be viewed at their beginning."""
-
-_MAX_CHUNK = 64 << 20  # bytes
-_MIN_CHUNKS = 8
-_NO_MEMORY = torch.empty(0, dtype=torch.uint8)
+_STUCK = 10.0
+"""Seconds after which a copy under way is no longer waited for when the memory is given back."""
 
 
 class SlotState(StrEnum):
@@ -41,33 +46,47 @@ class SlotState(StrEnum):
 
 
 class Slot:
-    """One preallocated copy. Filling it again under the same plan allocates no tensor.
+    """One preallocated copy. Filling it again under the same plan allocates nothing but the digest's temporaries.
 
     Attributes:
         state: See the module.
         attempt: Index of the attempt whose commit it holds; -1 for the state before the first.
-        digests: The digests of the state when it was copied.
         forward: Set by the owner: random streams and buffers that belong to this state. ``fill`` clears its content.
         entry: Set by the owner: per-group values and other objects that belong to this state. ``fill`` drops it.
         rule_anchor: Set by the owner: the rule's statistics at this commit. ``fill`` drops it.
         measurement: Set by the owner: what the probe measured of this state. ``fill`` drops it.
+
+    Args:
+        copier: Shared with other slots of a ring; by default one of its own, without a thread.
+        siblings: All slots of the ring, this one included: memory is reserved only if there is enough for all.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, copier: Copier | None = None, siblings: Sequence[Slot] | None = None) -> None:
         """A free slot without memory."""
         self.state = SlotState.FREE
         self.attempt = -1
-        self.digests = Digests({}, torch.empty(0, dtype=torch.int64))
         self.forward: ForwardState | None = None
         self.entry: EntryState | None = None
         self.rule_anchor: dict[str, Any] | None = None
         self.measurement: float | None = None
-        self._arena = _NO_MEMORY
-        self._pinned = False
+        self._copier = Copier(HostWork.NONE) if copier is None else copier
+        self._siblings: Sequence[Slot] = [self] if siblings is None else siblings
+        self._arena: Arena | None = None
+        self._locked_for: torch.device | None = None
+        self._layout = Layout.of((), (), ())
         self._views: list[torch.Tensor] = []
+        self._bytes: list[torch.Tensor] = []  # the views as bytes where they have them in order: quicker to sum up
+        self._chunks: list[tuple[int, int]] = []
+        self._buckets: dict[torch.device, list[Bucket]] = {}
         self._plan: StatePlan | None = None
         self._held: tuple[tuple[Held, ...], ...] = ()
-        self._pending: list[Any] = []
+        self._digests = Digests({}, torch.empty(0, dtype=torch.int64))
+        self._transfers: list[Transfer] = []
+        self._published = False
+        # While a copy is under way: its sources, kept alive, and how often each had been written to at the fill.
+        self._sources: list[torch.Tensor] = []
+        self._versions: list[int] = []
+        self._changed: list[str] = []
 
     @property
     def plan(self) -> StatePlan:
@@ -77,9 +96,25 @@ class Slot:
         return self._plan
 
     @property
+    def digests(self) -> Digests:
+        """The digests of the state when it was copied. Waits for them."""
+        self.wait()
+        return self._digests
+
+    @property
     def nbytes(self) -> int:
         """Host memory held."""
-        return self._arena.numel()
+        return 0 if self._arena is None else self._arena.nbytes
+
+    @property
+    def pinned(self) -> bool:
+        """Whether that memory is page-locked."""
+        return self._arena is not None and self._arena.pinned
+
+    @property
+    def published(self) -> bool:
+        """VALID, or to be so as soon as the bytes are there."""
+        return self.state is SlotState.VALID or (self._published and self.state is SlotState.FILLING)
 
     @torch.no_grad()
     def fill(
@@ -89,57 +124,133 @@ class Slot:
         digests: Digests | None = None,
         on_chunk: Callable[[], object] | None = None,
     ) -> None:
-        """Copy the live state into this slot. Enters no collective; waits for nothing but an earlier fill.
+        """Start to copy the live state into this slot. Enters no collective, waits for no device.
 
         Args:
             plan: A current plan.
             attempt: Index of the attempt that was committed.
             digests: ``plan.digests`` of exactly this state, if the caller has them; computed here otherwise.
-            on_chunk: Called between chunks of tensors; what it raises interrupts the fill.
+            on_chunk: Called between chunks, perhaps by another thread; what it raises interrupts the copy.
 
         Raises:
             SnapshotError: The plan is not current, or there is no memory for the copy.
         """
-        self._settle()
         self.state = SlotState.FILLING
         self.entry, self.rule_anchor, self.measurement = None, None, None
         if self.forward is not None:
             self.forward.clear()
         image = plan.image()
-        if plan is not self._plan:
+        devices = tuple(tensor.device for tensor in image.tensors)
+        same = plan is self._plan and devices == self._layout.devices
+        self._forget(wait=not same)
+        if not same:
             self._plan = None
-            self._reserve(plan, image.tensors)
+            self._reserve(plan, image.tensors, devices)
         self.attempt, self._plan, self._held = attempt, plan, image.held
-        self.digests = plan.digests(image.tensors) if digests is None else digests
-        _copy(self._views, image.tensors, on_chunk)
-        self._mark(image.tensors)
-        self.state = SlotState.COMPLETE
+        self._start(plan, image.tensors, digests, on_chunk or (lambda: None))
+        if not self._transfers:
+            self.state = SlotState.COMPLETE
 
     def publish(self) -> None:
-        """Declare a complete slot valid: every rank has one of the same attempt.
+        """Declare the slot valid: every rank has one of the same attempt. Takes effect when the bytes are there.
 
         Raises:
-            SnapshotError: The slot is not complete.
+            SnapshotError: It is neither complete nor being filled.
         """
-        if self.state is not SlotState.COMPLETE:
+        if self.state is SlotState.FILLING and self._transfers:
+            self._published = True
+            self.landed()
+        elif self.state is SlotState.COMPLETE:
+            self.state = SlotState.VALID
+        else:
             raise SnapshotError(f"rank {parallel.this_rank()}: a slot that is {self.state} cannot be published")
-        self.state = SlotState.VALID
 
     def release(self) -> None:
-        """Free the slot; its memory stays for the next fill."""
-        self.state = SlotState.FREE
+        """Free the slot; its memory stays for the next fill. A copy that is under way goes on, for nobody."""
+        self.state, self._published = SlotState.FREE, False
+
+    def landed(self) -> bool:
+        """Whether nothing is under way any more. Asks, does not wait."""
+        if self._transfers and all(transfer.done() for transfer in self._transfers):
+            self.wait()
+        return not self._transfers
+
+    def order(self) -> None:
+        """The barrier: what changes the state from here on comes after the copy. The host waits for no device.
+
+        Raises:
+            SnapshotError: A copy by the thread failed. This slot stays FILLING.
+        """
+        if self._sources:
+            self._look_for_changes()
+        for transfer in self._transfers:
+            try:
+                transfer.order()
+            except BaseException:
+                self._drop_transfers()
+                raise
+        self._sources, self._versions = [], []
+
+    def wait(self) -> None:
+        """Wait on the host until nothing is under way.
+
+        Raises:
+            SnapshotError: A copy by the thread failed. This slot stays FILLING.
+        """
+        if not self._transfers:
+            return
+        if self._sources:
+            self._look_for_changes()
+        try:
+            for transfer in self._transfers:
+                transfer.wait()
+        finally:
+            self._drop_transfers()
+        if self.state is SlotState.FILLING:
+            self.state = SlotState.VALID if self._published else SlotState.COMPLETE
+            self._published = False
+
+    def assure(self) -> None:
+        """Wait for what may still fail: not for work on a stream, which comes before whatever is queued there later.
+
+        Raises:
+            SnapshotError: A copy by the thread failed. This slot stays FILLING.
+        """
+        if any(isinstance(transfer, ThreadTransfer) for transfer in self._transfers):
+            self.wait()
+
+    def close(self) -> None:
+        """Give the memory back; the slot is as new. Tensors that view it keep theirs.
+
+        Work that does not end within seconds keeps the memory for good: the device is stuck.
+        """
+        deadline = time.monotonic() + _STUCK
+        while not all(transfer.done() for transfer in self._transfers):
+            if time.monotonic() > deadline:
+                return
+            time.sleep(0.001)
+        self._forget(wait=True)
+        self.release()
+        self._plan, self._views, self._bytes, self._buckets = None, [], [], {}
+        if self._arena is not None:
+            self._arena.close()
+            self._arena = None
 
     def verify(self) -> list[str]:
         """Compute the digests of the host bytes anew and name every entry that is not what was copied.
 
         Waits for the copy. Returns an empty list for a sound slot. Values that are no tensors are not covered.
         """
+        try:
+            self.wait()
+        except SnapshotError as error:
+            return [str(error)]
         if self.state not in (SlotState.COMPLETE, SlotState.VALID):
             return [f"the slot itself, which is {self.state}"]
-        self._settle()
-        found = self.plan.digests(self._views).entries
-        wrong = (found != self.digests.entries.cpu()).nonzero().flatten().tolist()
-        return [self.plan.entries[index].name for index in wrong]
+        found = self.plan.digests(self._bytes).entries
+        wrong = (found != self._digests.entries.cpu()).nonzero().flatten().tolist()
+        names = [self.plan.entries[index].name for index in wrong]
+        return names + [name for name in self._changed if name not in names]
 
     @torch.no_grad()
     def restore(self, on_chunk: Callable[[], object] | None = None) -> None:
@@ -147,7 +258,7 @@ class Slot:
 
         Optimizer state that the slot does not have is deleted. Tensors keep their objects and addresses; one that has
         vanished or changed its form since is made again. Call ``parallel.reshard`` before and after. Interrupted, it
-        may be called again.
+        may be called again. On an accelerator it is queued on the current stream.
 
         Args:
             on_chunk: Called between chunks of tensors; what it raises interrupts the restore.
@@ -155,16 +266,119 @@ class Slot:
         Raises:
             SnapshotError: The slot is not complete, or it does not fit the live parameters; nothing was changed then.
         """
+        self.wait()
         if self.state not in (SlotState.COMPLETE, SlotState.VALID):
             raise SnapshotError(f"rank {parallel.this_rank()}: a slot that is {self.state} cannot be restored")
-        self._settle()
+        for slot in self._siblings:  # another one may be taking its copy of what is about to be overwritten
+            with contextlib.suppress(SnapshotError):
+                slot.order()
         overlay = Overlay(self._view, self.plan.name)
         for optimizer, of_optimizer in zip(self.plan.optimizers, self._held, strict=True):
             self._check(optimizer, of_optimizer, overlay)
         for optimizer, of_optimizer in zip(self.plan.optimizers, self._held, strict=True):
             _lay(optimizer, of_optimizer, overlay)
-        _copy([live for live, _ in overlay.copies], [saved for _, saved in overlay.copies], on_chunk)
-        self._mark([live for live, _ in overlay.copies])
+        self._write(overlay.copies, on_chunk or (lambda: None))
+
+    def _start(
+        self, plan: StatePlan, live: list[torch.Tensor], digests: Digests | None, on_chunk: Callable[[], object]
+    ) -> None:
+        """Start everything that has to be copied or summed up."""
+        copier = self._copier
+        on_host = self._layout.host
+        in_thread = copier.host_work is HostWork.ALL and copier.overlap and not self._layout.large
+        if digests is not None:
+            self._digests = digests
+
+        def copy(asynchronous: bool = False) -> None:
+            done = 0
+
+            def between(count: int) -> None:
+                nonlocal done
+                done = count
+                on_chunk()
+
+            try:
+                copy_on_host([self._views[i] for i in on_host], [live[i] for i in on_host], self._chunks, between)
+            except Exception as error:
+                if not asynchronous:
+                    raise
+                name = plan.entries[on_host[done]].name
+                raise SnapshotError(
+                    f"rank {parallel.this_rank()}: the snapshot of attempt {self.attempt} was interrupted at {name} "
+                    f"({type(error).__name__}: {error}); the one before it is still there"
+                ) from error
+
+        def add_up(tensors: Sequence[torch.Tensor]) -> None:
+            if digests is None:
+                self._digests = plan.digests(tensors)
+
+        def both() -> None:
+            copy(asynchronous=True)
+            add_up(self._bytes)
+
+        if in_thread:
+            self._transfers.append(copier.submit(both, copies=True))
+        else:
+            copy()
+            accelerators = list(self._layout.large)
+            for device in accelerators:
+                last = partial(add_up, live) if device == accelerators[-1] else (lambda: None)
+                lane, data = copier.lane(device), self._data
+                transfer = lane.save(self._layout, data, self._buckets[device], self._views, live, on_chunk, last)
+                self._transfers.append(transfer)
+                if not copier.overlap:
+                    transfer.order()
+            if not accelerators and digests is None:
+                if copier.host_work is HostWork.NONE:
+                    add_up(self._bytes)
+                else:
+                    self._transfers.append(copier.submit(partial(add_up, self._bytes), copies=False))
+        if copier.overlap and (in_thread or self._layout.large):
+            self._sources, self._versions = live, [_version(tensor) for tensor in live]
+
+    def _look_for_changes(self) -> None:
+        """Whether anybody wrote to the state while its copy was under way: then the copy is of no single moment."""
+        changed = [
+            entry.name
+            for entry, tensor, version in zip(self.plan.entries, self._sources, self._versions, strict=True)
+            if _version(tensor) != version
+        ]
+        self._sources, self._versions = [], []
+        if not changed:
+            return
+        self._changed = changed
+        self._copier.overlap = False
+        warnings.warn(
+            f"rank {parallel.this_rank()}: {changed[0]} and {len(changed) - 1} more were written to between the commit "
+            f"of attempt {self.attempt} and the next optimizer step, while they were copied. That snapshot is "
+            "not used. From now on copies are made before anything else runs, which costs their time.",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+
+    def _forget(self, wait: bool) -> None:
+        """Give up the content, and what went wrong with it.
+
+        Args:
+            wait: Until no device uses the memory. Without it, streams keep the order of what was queued and what will
+                be; only the thread is waited for.
+        """
+        for transfer in self._transfers:
+            with contextlib.suppress(Exception):
+                if wait or isinstance(transfer, ThreadTransfer):
+                    transfer.wait()
+                else:
+                    transfer.order()
+        self._drop_transfers()
+        self._changed, self._published = [], False
+
+    def _drop_transfers(self) -> None:
+        self._transfers, self._sources, self._versions = [], [], []
+
+    @property
+    def _data(self) -> torch.Tensor:
+        assert self._arena is not None
+        return self._arena.data
 
     def _view(self, part: int) -> torch.Tensor:
         return self._views[self.plan.places[part]]
@@ -187,41 +401,38 @@ class Slot:
             if not held.empty:
                 overlay.check(states.get(held.key), held.state)
 
-    def _reserve(self, plan: StatePlan, tensors: Sequence[torch.Tensor]) -> None:
+    def _reserve(self, plan: StatePlan, tensors: Sequence[torch.Tensor], devices: tuple[torch.device, ...]) -> None:
         """Lay out the views for a plan; take new memory only if there is too little."""
-        starts, end = [], 0
-        for entry in plan.entries:
-            starts.append(end)
-            end += -(-entry.nbytes // ALIGNMENT) * ALIGNMENT
-        pinned = any(tensor.is_cuda for tensor in tensors)
-        if end > self._arena.numel() or pinned != self._pinned:
-            self._views, self._arena = [], _NO_MEMORY  # before the new one, not beside it
-            try:
-                self._arena = torch.empty(end, dtype=torch.uint8, pin_memory=pinned)
-            except RuntimeError as error:
-                raise SnapshotError(
-                    f"rank {parallel.this_rank()}: no {'pinned ' if pinned else ''}host memory for a snapshot of "
-                    f"{end / 2**20:.0f} MiB ({error})"
-                ) from error
-            self._pinned = pinned
-        self._views = [
-            self._arena[start : start + entry.nbytes].view(entry.dtype).view(entry.shape)
-            for start, entry in zip(starts, plan.entries, strict=True)
-        ]
+        layout = Layout.of(
+            [entry.nbytes for entry in plan.entries], [entry.dtype.itemsize for entry in plan.entries], devices
+        )
+        cuda = next((device for device in layout.large if device.type == "cuda"), None)
+        if self._arena is None or layout.nbytes > self._data.numel() or self._locked_for != cuda:
+            self.close()  # before the new memory is there, not beside it
+            self.state = SlotState.FILLING
+            missing = sum(max(0, layout.nbytes - slot.nbytes) for slot in self._siblings)
+            check_budget(missing, len(self._siblings))
+            self._arena, self._locked_for = Arena(layout.nbytes, cuda), cuda
+        self._layout = layout
+        self._views = [view_in(self._data, start, like) for start, like in zip(layout.starts, tensors, strict=True)]
+        self._bytes = [bytes_of(view) if view.is_contiguous() else view for view in self._views]
+        self._chunks = list(chunks([self._views[index] for index in layout.host]))
+        self._buckets = {device: self._copier.lane(device).buckets(layout, self._views) for device in layout.large}
 
-    def _mark(self, tensors: Sequence[torch.Tensor]) -> None:
-        """Note where the copies end on each device's stream."""
-        for device in {tensor.device for tensor in tensors if tensor.device.type != "cpu"}:
-            module = torch.get_device_module(device)
-            event = module.Event()
-            event.record(module.current_stream(device))
-            self._pending.append(event)
-
-    def _settle(self) -> None:
-        """Wait until no copy from or into this slot is under way."""
-        for event in self._pending:
-            event.synchronize()
-        self._pending.clear()
+    def _write(self, copies: Sequence[tuple[torch.Tensor, torch.Tensor]], on_chunk: Callable[[], object]) -> None:
+        """Write views of this slot into live tensors: pairs of (live tensor, view)."""
+        entry_of = {id(view): index for index, view in enumerate(self._views)}
+        on_host = [(live, view) for live, view in copies if live.device.type == "cpu"]
+        targets = [live for live, _ in on_host]
+        copy_on_host(targets, [view for _, view in on_host], list(chunks(targets)), lambda _: on_chunk())
+        rest: dict[int, list[torch.Tensor]] = {}
+        for live, view in copies:
+            if live.device.type != "cpu":
+                rest.setdefault(entry_of[id(view)], []).append(live)
+        for device, buckets in self._buckets.items():
+            here = {i: tensors for i, tensors in rest.items() if self._layout.devices[i] == device}
+            lane = self._copier.lane(device)
+            self._transfers.append(lane.load(self._layout, self._data, buckets, self._views, here, on_chunk))
 
 
 def _lay(optimizer: Optimizer, of_optimizer: Sequence[Held], overlay: Overlay) -> None:
@@ -241,25 +452,6 @@ def _lay(optimizer: Optimizer, of_optimizer: Sequence[Held], overlay: Overlay) -
         del states[key]
 
 
-def _copy(
-    destinations: Sequence[torch.Tensor], sources: Sequence[torch.Tensor], on_chunk: Callable[[], object] | None
-) -> None:
-    for number, (first, last) in enumerate(_chunks(destinations)):
-        if number and on_chunk is not None:
-            on_chunk()
-        torch._foreach_copy_(list(destinations[first:last]), list(sources[first:last]), non_blocking=True)
-
-
-def _chunks(tensors: Sequence[torch.Tensor]) -> Iterator[tuple[int, int]]:
-    """Ranges of tensors to copy in one call: at least four if there are four tensors, none much above 64 MiB."""
-    sizes = [tensor.numel() * tensor.element_size() for tensor in tensors]
-    most_bytes = min(_MAX_CHUNK, sum(sizes) // _MIN_CHUNKS)
-    most_tensors = -(-len(sizes) // _MIN_CHUNKS)
-    first = waiting = 0
-    for index, size in enumerate(sizes):
-        waiting += size
-        if waiting > most_bytes or index + 1 - first >= most_tensors:
-            yield first, index + 1
-            first, waiting = index + 1, 0
-    if first < len(sizes):
-        yield first, len(sizes)
+def _version(tensor: torch.Tensor) -> int:
+    """How often it was written to; tensors made under inference_mode do not count."""
+    return -1 if tensor.is_inference() else tensor._version

@@ -19,9 +19,9 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from .. import parallel
 from ..errors import SnapshotError
 
-_IMMUTABLE = (int, float, bool, complex, str, bytes, type(None), torch.dtype, torch.device)
-_PLAIN = (torch.Tensor, torch.nn.Parameter)
-_MISSING = object()
+IMMUTABLE = (int, float, bool, complex, str, bytes, type(None), torch.dtype, torch.device)
+PLAIN = (torch.Tensor, torch.nn.Parameter)
+MISSING = object()
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,6 +35,9 @@ class Ref:
         layout: How to make a DTensor around a part; None for a plain tensor.
         device: Where its first part lies.
         plain: It can be made again from its one part.
+        dtype: Of the tensor as the optimizer has it.
+        shape: Of the same; a DTensor's is the global one.
+        forms: Dtype and shape of each part; empty for a tensor of torch's own classes, which is its own part.
     """
 
     start: int
@@ -43,6 +46,9 @@ class Ref:
     layout: parallel.Wrapping | None
     device: torch.device
     plain: bool
+    dtype: torch.dtype
+    shape: torch.Size
+    forms: tuple[tuple[torch.dtype, torch.Size], ...]
 
 
 def parts(tensor: torch.Tensor) -> list[torch.Tensor]:
@@ -54,7 +60,7 @@ def parts(tensor: torch.Tensor) -> list[torch.Tensor]:
     return [part for name in names for part in parts(getattr(shard, name))]
 
 
-def _tuple_like(model: tuple[Any, ...], items: list[Any]) -> tuple[Any, ...]:
+def tuple_like(model: tuple[Any, ...], items: list[Any]) -> tuple[Any, ...]:
     """A tuple, or a named tuple of the same class."""
     return type(model)(*items) if hasattr(model, "_fields") else tuple(items)
 
@@ -64,13 +70,12 @@ class Walk:
 
     Attributes:
         parts: The plain local tensors of all trees so far, in order.
-        shape: What has to stay the same for a plan to stay valid: paths, and each tensor's dtype and shape.
+        paths: Where each part is.
     """
 
     def __init__(self) -> None:
         """Nothing seen yet."""
         self.parts: list[torch.Tensor] = []
-        self.shape: list[Any] = []
         self.paths: list[tuple[Any, ...]] = []
 
     def take(self, value: Any, path: tuple[Any, ...] = ()) -> Any:
@@ -78,28 +83,27 @@ class Walk:
         if isinstance(value, torch.Tensor):
             return self._tensor(value, path)
         if isinstance(value, dict):
-            self.shape.append((path, len(value)))
             return {key: self.take(item, (*path, key)) for key, item in value.items()}
         if isinstance(value, list | tuple):
-            self.shape.append((path, len(value)))
             items = [self.take(item, (*path, index)) for index, item in enumerate(value)]
-            return items if isinstance(value, list) else _tuple_like(value, items)
-        self.shape.append(path)
-        return value if isinstance(value, _IMMUTABLE) else copy.deepcopy(value)
+            return items if isinstance(value, list) else tuple_like(value, items)
+        return value if isinstance(value, IMMUTABLE) else copy.deepcopy(value)
 
     def _tensor(self, tensor: torch.Tensor, path: tuple[Any, ...]) -> Ref:
         layout = None
-        if type(tensor) in _PLAIN:  # nearly all of them: spare the questions
+        forms: tuple[tuple[torch.dtype, torch.Size], ...] = ()
+        if type(tensor) in PLAIN:  # nearly all of them: spare the questions
             found, plain = [tensor.detach()], True
         else:
             layout = parallel.wrapping(tensor)
             shard = parallel.local(tensor)
             plain = not is_traceable_wrapper_subclass(shard)
             found = [shard] if plain else parts(shard)
-        self.shape.append((path, tensor.dtype, tensor.shape))
+            forms = tuple((part.dtype, part.shape) for part in found)
         self.paths.extend([path] if plain else [(*path, index) for index in range(len(found))])
         self.parts.extend(found)
-        return Ref(len(self.parts) - len(found), len(found), path, layout, found[0].device, plain)
+        start = len(self.parts) - len(found)
+        return Ref(start, len(found), path, layout, found[0].device, plain, tensor.dtype, tensor.shape, forms)
 
 
 class Held(NamedTuple):
@@ -173,11 +177,11 @@ class Overlay:
                 )
         elif isinstance(copied, dict):
             for key, item in copied.items():
-                self.check(live.get(key, _MISSING) if isinstance(live, dict) else _MISSING, item)
+                self.check(live.get(key, MISSING) if isinstance(live, dict) else MISSING, item)
         elif isinstance(copied, list | tuple):
             same = isinstance(live, list | tuple) and len(live) == len(copied)
             for index, item in enumerate(copied):
-                self.check(live[index] if same else _MISSING, item)
+                self.check(live[index] if same else MISSING, item)
 
     def matches(self, live: Any, ref: Ref) -> bool:
         """Whether ``live`` is a tensor of the copied one's form, so that the copy can be written into it."""
@@ -191,19 +195,19 @@ class Overlay:
             return self._dict(live if isinstance(live, dict) else {}, copied)
         if isinstance(copied, list):
             if not isinstance(live, list) or len(live) != len(copied):
-                return [self.lay(_MISSING, item) for item in copied]
+                return [self.lay(MISSING, item) for item in copied]
             live[:] = [self.lay(old, item) for old, item in zip(live, copied, strict=True)]
             return live
         if isinstance(copied, tuple):
             same = isinstance(live, tuple) and len(live) == len(copied)
-            return _tuple_like(copied, [self.lay(live[i] if same else _MISSING, x) for i, x in enumerate(copied)])
-        return copied if isinstance(copied, _IMMUTABLE) else copy.deepcopy(copied)
+            return tuple_like(copied, [self.lay(live[i] if same else MISSING, x) for i, x in enumerate(copied)])
+        return copied if isinstance(copied, IMMUTABLE) else copy.deepcopy(copied)
 
     def _dict(self, live: dict[Any, Any], copied: dict[Any, Any]) -> dict[Any, Any]:
         for key in [key for key in live if key not in copied]:
             del live[key]
         for key, item in copied.items():
-            old = live.get(key, _MISSING)
+            old = live.get(key, MISSING)
             new = self.lay(old, item)
             if new is not old:
                 live[key] = new

@@ -288,7 +288,9 @@ class FaultInjector:
             case "bit-flip" if fault.where == "parameter":
                 flip_largest([parallel.local(p) for p in parameters], fault.bit)
             case "bit-flip":
-                flip_largest(self._controller._recovery.ring.safe._views, fault.bit)
+                safe = self._controller._recovery.ring.safe
+                safe.wait()  # or its digest might be made of the damaged bytes
+                flip_largest(safe._views, fault.bit)
             case "raise":
                 raise InjectedFault(f"injected on rank {_rank()}: {fault}")
             case "sleep":

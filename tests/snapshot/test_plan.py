@@ -8,9 +8,12 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor, Partial, Replicate
+from torch.testing._internal.two_tensor import TwoTensor
 
 from dist_stability import SnapshotError, StabilityError
-from dist_stability.snapshot import StatePlan, digest
+from dist_stability.snapshot import Slot, StatePlan, digest
+from dist_stability.snapshot.tree import walk_optimizers
 
 Pair = namedtuple("Pair", "first second")
 
@@ -301,3 +304,104 @@ def signatures(rank: int, world: int) -> list[int]:
 def test_signature_is_the_same_on_all_ranks(two: Any) -> None:
     first, second = two.run(signatures)
     assert first == second and len(set(first)) == 3 - (first[0] == first[4])
+
+
+# ---------------------------------------------------------------------- the second look
+
+
+def test_the_second_look_finds_what_the_first_found() -> None:
+    """Along the earlier walk: the same tensors, the same copies of values, whatever the values are by now."""
+    model, optimizer = trained()
+    state = optimizer.state[model[0].weight]
+    state["note"] = {"count": 3, "pair": Pair(torch.ones(2), "text"), "list": [None, torch.zeros(1), 2.5]}
+    state["twin"] = TwoTensor(torch.ones(2), torch.zeros(2))
+    optimizer.state["ema"] = {"decay": 0.5, "shadow": torch.ones(3)}  # type: ignore[index]
+    plan = plan_of(model, optimizer)
+    for count in (3, 4):
+        state["note"]["count"] = count
+        walk, held = walk_optimizers([optimizer])
+        image = plan.image()
+        assert [t.data_ptr() for t in image.tensors] == [t.data_ptr() for t in walk.parts]
+        assert [t.requires_grad for t in image.tensors] == [False] * len(walk.parts)
+        assert image.held == held
+    state["note"]["list"][0] = 7
+    assert plan.image().held[0][0].state["note"]["list"][0] == 7
+    assert plan.values["note.list.0 of 0.weight"] == 7
+
+
+def test_values_that_can_change_are_copies_on_every_look() -> None:
+    model, optimizer = trained("sgd")
+    optimizer.state[model[0].weight]["seen"] = {1, 2}
+    plan = plan_of(model, optimizer)
+    first, second = (plan.image().held[0][0].state["seen"] for _ in range(2))
+    live = optimizer.state[model[0].weight]["seen"]
+    assert first == second == live and len({id(first), id(second), id(live)}) == 3
+
+
+def test_a_parameter_of_a_wrapper_subclass() -> None:
+    """What two-tensor or quantized parameters hold inside is the state, and comes back in place."""
+    model = nn.Module()
+    model.weight = nn.Parameter(TwoTensor(torch.arange(3.0), torch.arange(3.0) + 10))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    optimizer.state[model.weight]["momentum_buffer"] = TwoTensor(torch.ones(3), torch.zeros(3))
+    plan, slot = plan_of(model, optimizer), Slot()
+    assert [entry.name for entry in plan.entries] == [
+        "0 of weight",
+        "1 of weight",
+        "momentum_buffer.0 of weight",
+        "momentum_buffer.1 of weight",
+    ]
+    kept = model.weight
+    slot.fill(plan, 0)
+    for tensor in plan.tensors():
+        tensor.zero_()
+    assert not model.weight.a.any() and slot.verify() == []
+    slot.restore()
+    assert model.weight is kept and model.weight.a.tolist() == [0, 1, 2] and model.weight.b.tolist() == [10, 11, 12]
+    inner = optimizer.state[model.weight]["momentum_buffer"]
+    inner.a, inner.b = torch.zeros(5), torch.zeros(5)
+    assert not plan.is_current(), "inner tensors have another shape, the outer one has not"
+    optimizer.state[model.weight]["momentum_buffer"] = torch.ones(3)
+    assert not plan.is_current(), "a plain tensor is none of two parts"
+
+
+def test_memory_that_overlaps_in_part_comes_back_too() -> None:
+    model = nn.Module()
+    model.whole = nn.Parameter(torch.arange(10.0))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    optimizer.state[model.whole]["middle"] = model.whole.data[3:7]
+    plan, slot = plan_of(model, optimizer), Slot()
+    assert len(plan.entries) == 2 and plan.nbytes == 56
+    slot.fill(plan, 0)
+    optimizer.state[model.whole]["middle"].fill_(-1)
+    assert model.whole[3] == -1
+    slot.restore()
+    assert model.whole.tolist() == list(range(10)) and slot.verify() == []
+
+
+def gathered(rank: int, world: int) -> list[bool]:
+    """A gathered parameter has the dtype and shape of the DTensor whose shard is the state."""
+    from torch.distributed.fsdp import fully_shard
+
+    model = fully_shard(nn.Linear(4, 4))
+    optimizer = torch.optim.AdamW(model.parameters())
+    step(nn.Sequential(nn.Linear(3, 4), model), optimizer)
+    plan = plan_of(model, optimizer, world=world)
+    state = optimizer.state[model.weight]
+    found = [plan.is_current()]
+    kept = state["exp_avg"]
+    state["exp_avg"] = kept.full_tensor()
+    found.append(plan.is_current())
+    state["exp_avg"] = kept.redistribute(placements=[Replicate()])
+    found.append(plan.is_current())
+    state["exp_avg"] = kept
+    found.append(plan.is_current())
+    whole, mesh = torch.ones(4, 4), kept.device_mesh
+    state["exp_avg"] = DTensor.from_local(whole, mesh, [Replicate()])
+    plan = plan_of(model, optimizer, world=world)
+    state["exp_avg"] = DTensor.from_local(whole, mesh, [Partial()])
+    return [*found, plan.is_current()]
+
+
+def test_another_layout_of_the_same_shape_is_another_form(two: Any) -> None:
+    assert two.run(gathered) == [[True, False, False, True, False]] * 2
