@@ -175,6 +175,14 @@ def test_immediate_has_nothing_to_finish() -> None:
         Small(decision="later")
 
 
+def _address(tensor: Tensor) -> int | None:
+    """Where it lies; None for what a compiler of another test has left, which lies nowhere."""
+    try:
+        return tensor.data_ptr()
+    except RuntimeError:
+        return None
+
+
 def test_gradients_are_not_kept_for_the_verdict() -> None:
     """They would take as much memory as the parameters, through the whole of the next backward."""
     run = Small(guards=(NonFiniteGuard(), GradientNormGuard()))
@@ -182,7 +190,7 @@ def test_gradients_are_not_kept_for_the_verdict() -> None:
     address = run.model.weight.grad.data_ptr()
     run.optimizer.zero_grad()
     left = [each for each in gc.get_objects() if issubclass(type(each), Tensor) and each.numel()]
-    assert not any(each.data_ptr() == address for each in left)
+    assert address not in [_address(each) for each in left]
 
 
 def explained(rank: int, world: int, fault: str) -> list[tuple[str, str]]:

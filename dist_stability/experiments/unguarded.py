@@ -88,6 +88,7 @@ class Unguarded:
                     "would": None,
                     "undone": [],
                     "final": True,
+                    "cadence": None,
                     "reason": "",
                     "rung": "",
                     "pattern": "",

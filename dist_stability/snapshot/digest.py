@@ -1,23 +1,27 @@
 """A 64-bit digest of tensors that is the same on every device, waits for none, and sees every changed bit.
 
-The bytes of each tensor, in logical order and zero-padded once at its end, are read as signed 32-bit words w_p. With a
-pseudo-random odd 64-bit multiplier M(p) for each position,
+The bytes of each tensor, in logical order and zero-padded once at its end, are read as signed 64-bit words w_p. With
+pseudo-random odd 64-bit multipliers A(p) and B(p) for each position,
 
-    d_e = sum_p w_p * M(p)  mod 2**64        (tensor e)
-    D   = sum_e (d_e + L_e) * V_e  mod 2**64 (all of them; L_e mixes in the length in bytes, V_e is odd)
+    d_e = sum_p w_p * A(p) + (w_p >> 32) * B(p)  mod 2**64   (tensor e; the shift keeps the sign)
+    D   = sum_e (d_e + L_e) * V_e  mod 2**64                 (all of them; L_e mixes in the length in bytes, V_e is odd)
 
-* One changed word is always seen: its difference is not 0 and below 2**33 in size, and an odd number has an inverse
-  modulo 2**64, so difference * M * V is not 0.
-* Order counts: swapping two words changes D unless 2**64 divides (w_p - w_q) * (M(p) - M(q)).
-* Two flipped sign bits change D by 2**31 * (+-M(p) +- M(q)), which is 0 for one pair of multipliers in 2**32. This is
-  why words have 32 bits: with 64-bit words a flipped top bit changes D by 2**63 whatever the (odd) multiplier is, and
-  any two such flips cancel.
+In words of 32 bits: a lower half counts with A(p), an upper one with 2**32 A(p) + B(p), and both are odd. So
+
+* One changed half is always seen: its difference is not 0 and below 2**33 in size, and an odd number has an inverse
+  modulo 2**64, so difference * multiplier * V is not 0.
+* Order counts: swapping two words changes D unless 2**64 divides what the difference of their multipliers makes of it.
+* Two flipped sign bits change D by 2**31 * (+-M +- M'), which is 0 for one pair of multipliers in 2**32. This is what
+  the second sum is for: without it a flipped top bit changes D by 2**63 whatever the (odd) multiplier is, and any two
+  such flips cancel.
 
 It is no defence against someone who wants two states to collide.
 
-M(p) is the product of a table entry for the position in a chunk of 65,536 words and of a number for the chunk. Large
-tensors are read in place, small ones are gathered: the number of kernels grows with the bytes and not with the number
-of tensors, and temporaries stay near 16 MiB (a tensor that is not contiguous is copied whole first).
+A(p) and B(p) are products of a table entry for the position in a chunk of 32,768 words and of a number for the chunk.
+On a CPU a row of words times a table is one pass over memory without a temporary (``torch.mv``), which is what makes a
+digest cost little more than a copy. Large tensors are read in place, small ones of one size are gathered: the number of
+kernels grows with the bytes and the number of different sizes, and temporaries stay near 16 MiB (a tensor that is not
+contiguous is copied whole first).
 """
 
 from __future__ import annotations
@@ -27,17 +31,20 @@ from functools import lru_cache
 
 import torch
 
-CHUNK = 65536
-"""Words that share the table of multipliers; a longer tensor uses it again with another factor for each chunk."""
+CHUNK = 32768
+"""Words that share the tables of multipliers; a longer tensor uses them again with another factor for each chunk."""
 
-LONG_BUCKET = 1 << 21
-"""Words of one large tensor handled at a time: 16 MiB once widened to 64 bits."""
+LONG_BUCKET = 1 << 20
+"""Words of one large tensor handled at a time on a device: 8 MiB, and as much for their upper halves."""
 
-SMALL_BUCKET = 1 << 19
-"""Words of small tensors gathered at a time: four temporaries of 4 MiB."""
+_CACHED = 1 << 17
+"""The same on a CPU: the upper halves, 1 MiB, are read again while they are still in the cache."""
 
-_WORD = 4  # bytes
-_TABLE, _CHUNKS, _ENTRIES, _LENGTHS = 0, 1 << 44, 2 << 44, 3 << 44  # disjoint ranges of one random function
+SMALL_BUCKET = 1 << 18
+"""Words of small tensors gathered at a time: temporaries of 2 MiB."""
+
+_WORD = 8  # bytes
+_LOW, _CHUNKS, _ENTRIES, _LENGTHS, _HIGH = 0, 1 << 44, 2 << 44, 3 << 44, 4 << 44  # disjoint ranges of one function
 
 
 @torch.no_grad()
@@ -88,58 +95,59 @@ def lengths(tensors: Iterable[torch.Tensor]) -> list[int]:
 
 def _on_one_device(tensors: Sequence[torch.Tensor], device: torch.device) -> torch.Tensor:
     result = torch.zeros(len(tensors), dtype=torch.int64, device=device)
-    small: dict[int, torch.Tensor] = {}
-    waiting = 0
+    small: dict[int, list[int]] = {}  # by their length in bytes
     for index, tensor in enumerate(tensors):
-        words = -(-tensor.numel() * tensor.element_size() // _WORD)
-        if words > CHUNK:
+        size = tensor.numel() * tensor.element_size()
+        if size > CHUNK * _WORD:
             result[index] = _of_long(bytes_of(tensor))
-            continue
-        if waiting + words > SMALL_BUCKET:
-            _of_many(small, result)
-            small, waiting = {}, 0
-        if words:
-            small[index] = bytes_of(tensor)
-            waiting += words
-    if small:
-        _of_many(small, result)
+        elif size:
+            small.setdefault(size, []).append(index)
+    for size, members in small.items():
+        most = max(1, SMALL_BUCKET * _WORD // size)
+        for first in range(0, len(members), most):
+            part = tuple(members[first : first + most])
+            found = _of_equal([tensors[index] for index in part], size)
+            result.index_copy_(0, _integers(part, device), found)
     return result
 
 
 def _of_long(data: torch.Tensor) -> torch.Tensor:
     """d_e of the bytes of one tensor of more than CHUNK words, one bucket at a time."""
-    table = _odd(_TABLE, CHUNK, data.device)
     chunk_bytes = CHUNK * _WORD
     whole, rest = divmod(data.numel(), chunk_bytes)
     # The next power of two, so that tensors of many sizes share a few tables.
     factors = _odd(_CHUNKS, 1 << whole.bit_length(), data.device)
     total = torch.zeros((), dtype=torch.int64, device=data.device)
-    for first in range(0, whole, LONG_BUCKET // CHUNK):
-        last = min(first + LONG_BUCKET // CHUNK, whole)
+    bucket = (_CACHED if data.device.type == "cpu" else LONG_BUCKET) // CHUNK
+    for first in range(0, whole, bucket):
+        last = min(first + bucket, whole)
         rows = _words(data[first * chunk_bytes : last * chunk_bytes]).view(last - first, CHUNK)
-        total += (rows.mul_(table).sum(1) * factors[first:last]).sum()
+        total += (_of_rows(rows) * factors[first:last]).sum()
     if rest:
         words = _words(torch.nn.functional.pad(data[whole * chunk_bytes :], (0, -rest % _WORD)))
-        total += words.mul_(table[: words.numel()]).sum() * factors[whole]
+        total += _of_rows(words.view(1, -1))[0] * factors[whole]
     return total
 
 
-def _of_many(small: dict[int, torch.Tensor], result: torch.Tensor) -> None:
-    """Write d_e of many tensors of at most CHUNK words each, gathered into one row of words."""
-    device = result.device
-    table = _odd(_TABLE, CHUNK, device)
-    padding = torch.zeros(_WORD, dtype=torch.uint8, device=device)
-    pieces: list[torch.Tensor] = []
-    ends: list[int] = []
-    for data in small.values():
-        pieces += [data, padding[: -data.numel() % _WORD]] if data.numel() % _WORD else [data]
-        ends.append((ends[-1] if ends else 0) - (-data.numel() // _WORD))
-    sizes = [end - start for start, end in zip([0, *ends], ends, strict=False)]
-    multipliers = torch.cat([table[:size] for size in sizes])
-    # The sum over each tensor as a difference of running sums: exact, since all is modulo 2**64.
-    running = _words(torch.cat(pieces)).mul_(multipliers).cumsum(0)[_integers(tuple(end - 1 for end in ends), device)]
-    sums = torch.diff(running, prepend=torch.zeros(1, dtype=torch.int64, device=device))
-    result.index_copy_(0, _integers(tuple(small), device), sums * _odd(_CHUNKS, 1, device))
+def _of_equal(tensors: Sequence[torch.Tensor], size: int) -> torch.Tensor:
+    """d_e of tensors that all have ``size`` bytes, at most CHUNK words."""
+    alike = len({tensor.dtype for tensor in tensors}) == 1 and not any(t.is_conj() or t.is_neg() for t in tensors)
+    if len(tensors) > 1 and alike:  # one alone would not be copied, and keep odd strides
+        joined = torch._utils._flatten_dense_tensors(list(tensors)).view(torch.uint8)
+    else:
+        joined = torch.cat([bytes_of(tensor) for tensor in tensors])
+    rows = joined.view(len(tensors), size)
+    if size % _WORD:
+        rows = torch.nn.functional.pad(rows, (0, -size % _WORD))
+    return _of_rows(_words(rows.view(-1)).view(len(tensors), -1)) * _odd(_CHUNKS, 1, joined.device)
+
+
+def _of_rows(rows: torch.Tensor) -> torch.Tensor:
+    """sum_p w_p A(p) + (w_p >> 32) B(p) of each row of words."""
+    low, high = (_odd(start, CHUNK, rows.device)[: rows.shape[1]] for start in (_LOW, _HIGH))
+    if rows.device.type == "cpu":
+        return torch.mv(rows, low).add_(torch.mv(rows >> 32, high))
+    return (rows * low).add_((rows >> 32).mul_(high)).sum(1)
 
 
 def bytes_of(tensor: torch.Tensor) -> torch.Tensor:
@@ -152,10 +160,10 @@ def bytes_of(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def _words(data: torch.Tensor) -> torch.Tensor:
-    """Bytes as signed 32-bit words, widened to 64 bits (a new tensor)."""
+    """Bytes as signed 64-bit words: a view, where they begin at a word."""
     if data.storage_offset() % _WORD:
         data = data.clone()  # bytes that begin between two words cannot be viewed as words
-    return data.view(torch.int32).to(torch.int64)
+    return data.view(torch.int64)
 
 
 def _mixed(numbers: torch.Tensor) -> torch.Tensor:

@@ -144,7 +144,8 @@ class Guarded(Loop):
         self.refused += not verdict.accepted
 
     def close(self) -> None:
-        """Close the controller."""
+        """Read what is pending, and close the controller."""
+        self.controller.finish()
         self.controller.close()
 
     def _hear(self, event: Mapping[str, Any]) -> None:
