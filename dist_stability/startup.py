@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import itertools
+import json
 from collections.abc import Mapping, Sequence
 from datetime import timedelta
 from typing import Any
@@ -50,11 +52,14 @@ def make_vote(group: dist.ProcessGroup | None, device: torch.device, timeout: fl
 def agree_on_settings(vote: Vote, settings: Mapping[str, Any]) -> None:
     """Compare JSON-able settings over the ranks.
 
-    Collectives: two all-gathers.
+    Collectives: two all-gathers of a few bytes; two more, of the settings themselves, if some rank has others.
 
     Raises:
         LockstepError: On every rank, naming the first setting that differs, the ranks and their values.
     """
+    text = json.dumps(settings, sort_keys=True)
+    if len(set(vote.gather(hashlib.blake2b(text.encode(), digest_size=8).hexdigest(), -1).values())) == 1:
+        return
     everyone = vote.gather(dict(settings), -1)
     first = vote.ranks[0]
     for name in settings:
@@ -65,10 +70,27 @@ def agree_on_settings(vote: Vote, settings: Mapping[str, Any]) -> None:
             raise LockstepError(
                 f"the ranks were given a different {name} ({shown}); give every rank the same", ranks=differing
             )
+    raise LockstepError(f"the ranks were given different settings: {sorted({*itertools.chain(*everyone.values())})}")
 
 
 def agree_on_replicas(vote: Vote, residences: Sequence[tuple[int, ...]]) -> tuple[tuple[int, ...], ...]:
     """All groups of ranks that hold the same state, in one order for all. Collectives: two all-gathers."""
-    mine = [list(ranks) for ranks in residences if len(ranks) > 1]
-    everyone = vote.gather(mine, -1)
-    return tuple(sorted({tuple(ranks) for groups in everyone.values() for ranks in groups}))
+    everyone = vote.gather(spoken(residences, vote.rank), -1)
+    return tuple(sorted({_ranks(each) for groups in everyone.values() for each in groups}))
+
+
+def spoken(residences: Sequence[tuple[int, ...]], rank: int) -> list[list[int] | dict[str, list[int]]]:
+    """What a rank tells the others of its replicas: those it is the first of, evenly spaced ranks as a range.
+
+    With thousands of ranks, lists of all of them from all of them would take gigabytes.
+    """
+    told: list[list[int] | dict[str, list[int]]] = []
+    for ranks in residences:
+        if len(ranks) > 1 and ranks[0] == rank:
+            steps = range(ranks[0], ranks[-1] + 1, ranks[1] - ranks[0])
+            told.append({"range": [steps.start, steps.stop, steps.step]} if tuple(steps) == ranks else list(ranks))
+    return told
+
+
+def _ranks(told: list[int] | dict[str, list[int]]) -> tuple[int, ...]:
+    return tuple(range(*told["range"]) if isinstance(told, dict) else told)

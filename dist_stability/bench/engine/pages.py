@@ -145,7 +145,7 @@ def _scale(summary: Mapping[str, Any]) -> list[Section]:
         f"Link: {link['gb_per_s']:g} GB/s ({'stated' if link['stated'] else 'measured or given'}). 'Split': each "
         "replica keeps its part of what all hold. Collectives of a judged step without guards: constant in the number "
         "of ranks. The vote's bytes do not depend on the number of ranks but, with replicas, on the number of shards: "
-        "64 bytes for each set of replicas. Gathered at start: every rank gets every rank's list of its replicas, once."
+        "64 bytes for each set of replicas. Gathered at start: which ranks hold the same, said by the first of each."
     )
     return [Section("Llama-3 at scale", note, columns, rows)]
 

@@ -27,6 +27,7 @@ from dist_stability.bench.engine.llama import LLAMAS, QUICK, Llama, blocks_and_m
 from dist_stability.experiments.progress import Progress
 from dist_stability.signals import Monitor, step_context
 from dist_stability.snapshot import StatePlan
+from dist_stability.startup import spoken
 from dist_stability.vote import Ballot, Vote
 
 RANKS = (8, 64, 512, 4096, 16384)
@@ -113,7 +114,7 @@ def plan_case(llama: Llama, mode: str, ranks: int, link: float, real_below: int 
         # Every shard has its own set of replicas; where all ranks hold the same, there is one.
         groups = shards if replicas > 1 else 0
         votes, vector = _vote(model, optimizer, ranks, groups)
-    residences = [list(range(shard, ranks, shards)) for shard in range(1 if groups else 0)]
+    residences = [tuple(range(shard, ranks, shards)) for shard in range(1 if groups else 0)]
     return {
         "model": llama.name,
         "mode": mode,
@@ -128,7 +129,7 @@ def plan_case(llama: Llama, mode: str, ranks: int, link: float, real_below: int 
         "link_ms_split": 1e3 * -(-size // replicas) / (link * 1e9),
         "collectives_per_step": votes,
         "vote_bytes": vector,
-        "start_up_gather_bytes": ranks * len(json.dumps(residences)),
+        "start_up_gather_bytes": ranks * len(json.dumps(spoken(residences, 0))),
         "plan_seconds": planned - begin,
     }
 
