@@ -42,6 +42,7 @@ def bars(
             heights,
             0.9 * width,
             color=COLORS["guarded"] if number == 0 else OTHERS[1:][(number - 1) % (len(OTHERS) - 1)],
+            hatch="//" if number >= len(OTHERS) else None,
             label=name,
             zorder=2,
         )

@@ -111,8 +111,9 @@ def _step(summary: Mapping[str, Any]) -> list[Section]:
             for name, loop in found["loops"].items()
         ]
         over = found["reference_over_guarded"]
+        work = ", ".join(f"{name} {value}" for name, value in found["work"].items())
         note = (
-            f"{found['ranks']} ranks, transformer {found['work']}. Collectives and host syncs per step are counted; "
+            f"Ranks: {found['ranks']}; transformer: {work}. Collectives and host syncs per step are counted; "
             f"host syncs are those beyond the plain loop's. Parts: host time of a judged step. What clone + deepcopy "
             f"adds to the plain step is {'(unknown)' if over is None else f'{over:.2g}'} times what guarded adds."
         )
