@@ -321,8 +321,9 @@ class StabilityController:
         self._phases.listeners.append(listener)
 
     def close(self) -> None:
-        """Remove every hook and stop the background thread. Enters no collective. Idempotent.
+        """Remove every hook, stop the background thread, give the process group back. Enters no collective. Idempotent.
 
+        Without it, thread and group end with the process (an NCCL group as torch ends it).
         A verdict that is pending is given up, with a warning: call :meth:`finish` first.
         """
         if self._closed:
@@ -336,8 +337,6 @@ class StabilityController:
             self._hooks = None
         self._first_forward.close()
         self._recovery.close()
-        if self._phases.watch is not None:
-            self._phases.watch.close()
         self._vote.close()
 
     def __enter__(self) -> StabilityController:

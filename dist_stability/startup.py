@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 
 from .errors import LockstepError
-from .vote import Vote
+from .vote import Vote, close_at_exit
 from .watch import Watch
 
 # Controllers are made by all ranks together, so this counts alike everywhere and keeps their notes apart.
@@ -46,7 +46,9 @@ def make_vote(group: dist.ProcessGroup | None, device: torch.device, timeout: fl
     # There is no public way to the store that init_process_group made or was given.
     store = dist.distributed_c10d._get_default_store()
     watch = Watch(store, f"dist_stability/{next(_controllers)}", dist.get_rank(), ranks, timeout)
-    return Vote(mine, ranks, dist.get_rank(), device, timeout, watch), watch
+    vote = Vote(mine, ranks, dist.get_rank(), device, timeout, watch)
+    close_at_exit(vote)
+    return vote, watch
 
 
 def agree_on_settings(vote: Vote, settings: Mapping[str, Any]) -> None:

@@ -10,6 +10,7 @@ Only when something is wrong does a second collective follow, which names the ra
 
 from __future__ import annotations
 
+import atexit
 import json
 import math
 import struct
@@ -137,12 +138,19 @@ class Vote:
         return len(self.ranks)
 
     def close(self) -> None:
-        """Give the group back, unless it is broken or busy: then only the end of the process frees it."""
+        """Stop the watch; give the group back, unless it is broken or busy: then only the process's end frees it."""
+        self.close_watch()
         work = None if self._under_way is None else self._under_way.work
         busy = work is not None and not work.is_completed()
         if self.group is not None and self._dead is None and not busy and dist.is_initialized():
             dist.destroy_process_group(self.group)
         self.group, self._dead = None, LockstepError("the controller is closed")
+        _open.discard(self)
+
+    def close_watch(self) -> None:
+        """Stop the watch only."""
+        if self._watch is not None:
+            self._watch.close()
 
     def pack(self, ballot: Ballot) -> torch.Tensor:
         """The ballot as one float64 vector on the voting device. Enters no collective, waits for nothing."""
@@ -445,3 +453,24 @@ def _join(sums: Sequence[int], index: int, world: int) -> int:
 
 def _show(name: str, value: int) -> str:
     return f"{from_bits(value):.9g}" if name == "gradient norm" else str(value)
+
+
+_open: set[Vote] = set()
+
+
+def close_at_exit(vote: Vote) -> None:
+    """Close this vote at the end of the process if nobody did before.
+
+    gloo's threads take the GIL when they let go of a tensor. A thread that asks for the GIL of an interpreter that is
+    ending aborts the process, after everything went well; a group that was given back has no threads.
+    """
+    _open.add(vote)
+
+
+@atexit.register
+def _close_open() -> None:
+    for vote in tuple(_open):
+        if vote.device.type == "cpu":
+            vote.close()
+        else:
+            vote.close_watch()  # NCCL's groups are left to torch

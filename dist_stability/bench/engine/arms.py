@@ -147,6 +147,7 @@ class Guarded(Loop):
         """Read what is pending, and close the controller."""
         self.controller.finish()
         self.controller.close()
+        self.groups = ()  # a group that is referred to keeps its threads
 
     def _hear(self, event: Mapping[str, Any]) -> None:
         if event["action"] != "unjudged":
