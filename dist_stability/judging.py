@@ -24,7 +24,7 @@ from .verdict import Action
 from .veto import VetoStage
 from .vote import Ballot, Reduction, Tally, Vote, from_bits
 
-PROPOSAL, STANDING = 2, 5
+PROPOSAL, STANDING = 2, 6
 """Points of the protocol: ranks that measure different things in the same vote are found out by these numbers."""
 
 

@@ -14,6 +14,8 @@ Captured one moment earlier or later, the run is no longer its golden twin.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -25,7 +27,7 @@ from .attempt import Attempt, Phases, one_line
 from .errors import LockstepError, SnapshotError
 from .rules import Guarantees
 from .snapshot import Copier, Digests, EntryState, ForwardState, Slot, SlotRing, StatePlan
-from .vote import Ballot, Vote
+from .vote import Ballot, Tally, Vote
 
 
 class Recovery:
@@ -38,6 +40,7 @@ class Recovery:
         world: Number of ranks.
         anchors: How many older states to keep for deep restores.
         phases: Of this controller.
+        split: Keep a share of what other ranks hold as well.
     """
 
     def __init__(
@@ -48,6 +51,7 @@ class Recovery:
         world: int,
         anchors: int,
         phases: Phases,
+        split: bool = False,
     ) -> None:
         """Make the plan; copies nothing yet.
 
@@ -59,6 +63,7 @@ class Recovery:
         self._extra_state = dict(extra_state)
         self._world = world
         self._phases = phases
+        self._split = split
         self.plan = self.build_plan()
         self.ring = SlotRing(anchors, Copier())
         # What an attempt that follows unjudged ones would be undone to by a veto; a rollback goes further back.
@@ -71,7 +76,7 @@ class Recovery:
     def build_plan(self) -> StatePlan:
         """A plan of the state as it is now."""
         parallel.reshard(self._model)
-        return StatePlan.build(self._model, self._optimizers, self._world)
+        return StatePlan.build(self._model, self._optimizers, self._world, split=self._split)
 
     # ------------------------------------------------------------------ capture
 
@@ -213,7 +218,7 @@ class Recovery:
         Returns:
             The slot that was restored, equal on all ranks.
 
-        Collectives: two votes for each slot tried.
+        Collectives: two votes for each slot tried; one more vote and the broadcasts of the shares if ranks share state.
 
         Raises:
             SnapshotError: On every rank: no slot is sound everywhere.
@@ -229,15 +234,18 @@ class Recovery:
                 for rank, names in vote.gather(damaged[:3], attempt.index).items():
                     trouble += [f"rank {rank}: snapshot of attempt {slot.attempt}: damaged {n}" for n in names]
                 continue
-            failure = self._write_back(slot, attempt.scaler, guarantees)
+            failure = self._write_back(slot)
+            if slot.plan.shared:
+                # A share can only be sent if everybody is there to send and to take it.
+                self._agreed(failure, Ballot(agree={**attempt.agree, "point of the protocol": 4}), attempt, vote)
+                send = partial(vote.broadcast, attempt.index)
+                slot.gather(send, vote.device, on_chunk=self._phases.chunk("restore"))
+            if failure is None:
+                failure = self._finish(slot, attempt.scaler, guarantees)
             ballot = Ballot(
-                no=failure is not None,
-                agree={**attempt.agree, "point of the protocol": 4},
-                checksums=slot.digests if replicas else {},
+                agree={**attempt.agree, "point of the protocol": 5}, checksums=slot.digests if replicas else {}
             )
-            tally = vote.cast(ballot, attempt.index)
-            if tally.no:
-                self._raise_half_restored(vote.gather(one_line(failure), attempt.index), attempt.index, failure)
+            tally = self._agreed(failure, ballot, attempt, vote)
             if not tally.split_replicas:
                 return slot
             trouble.append(f"snapshot of attempt {slot.attempt}: replicas differ on ranks {tally.split_replicas}")
@@ -246,11 +254,18 @@ class Recovery:
             f"Restart the job from its last checkpoint."
         )
 
-    def _write_back(self, slot: Slot, scaler: Any, guarantees: Guarantees) -> BaseException | None:
-        """Write one slot into the live state, in place; what went wrong, if anything did."""
+    def _write_back(self, slot: Slot) -> BaseException | None:
+        """Write what one slot has into the live state, in place; what went wrong, if anything did."""
         try:
             parallel.reshard(self._model)
             slot.restore(on_chunk=self._phases.chunk("restore"))
+        except Exception as error:
+            return error
+        return None
+
+    def _finish(self, slot: Slot, scaler: Any, guarantees: Guarantees) -> BaseException | None:
+        """Put back all else that belongs to a slot, and check what stands; what went wrong, if anything did."""
+        try:
             if slot.entry is not None:
                 slot.entry.restore(self._optimizers, scaler, self._extra_state)
             if slot.forward is not None:
@@ -264,6 +279,13 @@ class Recovery:
         except Exception as error:
             return error
         return None
+
+    def _agreed(self, failure: BaseException | None, ballot: Ballot, attempt: Attempt, vote: Vote) -> Tally:
+        """Vote that nothing went wrong; LockstepError on every rank if it did on any."""
+        tally = vote.cast(replace(ballot, no=failure is not None), attempt.index)
+        if tally.no:
+            self._raise_half_restored(vote.gather(one_line(failure), attempt.index), attempt.index, failure)
+        return tally
 
     @staticmethod
     def _raise_half_restored(said: Mapping[int, str | None], attempt: int, failure: BaseException | None) -> None:

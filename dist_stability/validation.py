@@ -104,6 +104,7 @@ def check_settings(
     anchors: int,
     escalation: Any,
     decision: str = "immediate",
+    split_replicas: bool | None = None,
 ) -> None:
     """The plain settings.
 
@@ -128,6 +129,13 @@ def check_settings(
         raise ValueError(f"probe_on: expected one of {PROBE_ON}, got {probe_on!r}")
     if decision not in DECISIONS:
         raise ValueError(f"decision: expected one of {DECISIONS}, got {decision!r}")
+    if split_replicas is not None and not isinstance(split_replicas, bool):
+        raise TypeError(f"split_replicas: expected True, False or None, got {split_replicas!r}")
+    if split_replicas and not replica_check_every:
+        raise ValueError(
+            "split_replicas=True needs replicas that are compared: a rank would be given the bits of another. Set "
+            "replica_check_every to 1 or more, or leave split_replicas out"
+        )
     if isinstance(timeout, bool) or not isinstance(timeout, (int, float)) or not timeout > 0:
         raise ValueError(f"timeout: expected seconds above 0, got {timeout!r}")
 

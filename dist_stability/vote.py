@@ -131,6 +131,7 @@ class Vote:
         self._host: torch.Tensor | None = None
         self._stream: Any = None
         self.replica_groups: tuple[tuple[int, ...], ...] = ()
+        self._groups: dict[tuple[int, ...], dist.ProcessGroup] = {}  # of :meth:`broadcast`
 
     @property
     def world(self) -> int:
@@ -143,7 +144,9 @@ class Vote:
         work = None if self._under_way is None else self._under_way.work
         busy = work is not None and not work.is_completed()
         if self.group is not None and self._dead is None and not busy and dist.is_initialized():
-            dist.destroy_process_group(self.group)
+            for group in (self.group, *self._groups.values()):
+                dist.destroy_process_group(group)
+        self._groups.clear()
         self.group, self._dead = None, LockstepError("the controller is closed")
         _open.discard(self)
 
@@ -288,6 +291,24 @@ class Vote:
             rank: json.loads(bytes(text[: int(size)].tolist()).decode())
             for rank, text, size in zip(self.ranks, texts, sizes, strict=True)
         }
+
+    def broadcast(self, attempt: int, tensor: torch.Tensor, ranks: tuple[int, ...], source: int) -> None:
+        """Send a tensor on the voting device from one rank to some others, in place. Only on the way of a restore.
+
+        Collectives: one broadcast among ``ranks``; before the first one among other ranks than vote, they make a group.
+
+        Raises:
+            LockstepError: A rank did not arrive within the timeout, or the transport failed.
+        """
+        self._wait(attempt, lambda group: dist.broadcast(tensor, source, self._among(ranks, group), async_op=True))
+
+    def _among(self, ranks: tuple[int, ...], group: dist.ProcessGroup) -> dist.ProcessGroup:
+        if ranks == self.ranks:
+            return group
+        if ranks not in self._groups:
+            limit = timedelta(seconds=self.timeout)
+            self._groups[ranks] = dist.new_group(list(ranks), timeout=limit, use_local_synchronization=True)
+        return self._groups[ranks]
 
     def _start(self, attempt: int, start: Callable[[dist.ProcessGroup], Any]) -> Any:
         """Begin one collective."""

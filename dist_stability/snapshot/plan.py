@@ -7,6 +7,9 @@ or vanishes (Adam's moments at its first step), ``is_current`` is False and all 
 Each look-up is also the check: one pass in Python over parameters and state, along the pass that made the plan. No
 device work, no collective; measured on the CPU, 1,200 plain tensors take 0.8 ms (docs/guarded-step.md).
 
+A rank keeps its share of every entry that other ranks hold as well (:mod:`.share`), if the plan is made so: ``pieces``
+are what it keeps. Without that, and of what nobody else holds, a piece is a whole entry.
+
 Tensors that are the same memory (address, dtype, shape, strides) have one entry. Those that only overlap, as a view of
 a part of another does, have one each: the shared bytes are kept twice, and since all copies are of one moment, a
 restore writes the same bytes twice.
@@ -29,8 +32,10 @@ from torch.optim import Optimizer
 
 from .. import parallel
 from ..errors import SnapshotError, StabilityError
+from .copier import is_dense
 from .digest import combine, entry_digests, select
 from .retrace import Changed, Retrace
+from .share import Piece, share
 from .tree import Held, Ref, mark, walk_optimizers
 
 # What wrappers put into the names of the modules they wrap.
@@ -46,12 +51,16 @@ class Entry:
         residence: The ranks that hold the same elements.
         dtype: Element type.
         shape: Shape of the local part; may have 0 elements.
+        stride: Of the local part, in elements; None where its memory has gaps, so that it is not one range of elements.
+        device: Where it lies.
     """
 
     name: str
     residence: parallel.Residence
     dtype: torch.dtype
     shape: torch.Size
+    stride: tuple[int, ...] | None
+    device: torch.device
 
     @property
     def nbytes(self) -> int:
@@ -93,6 +102,10 @@ class StatePlan:
         parameters: (name, handle, residence) of every parameter of the optimizers, in their order.
         entries: Every tensor of the state, once (tensors that share memory exactly have one entry).
         residences: The different sets of ranks among the entries, sorted.
+        shared: By set of ranks, the entries of which each of them keeps a share. Not among them are entries that lie
+            elsewhere than the first parameter (Adam's step counters on the CPU) and those with gaps in their memory:
+            they are small, or rare, and kept whole.
+        pieces: What this rank keeps.
         signature: 64-bit number, the same on every rank that trains the same model with the same optimizers. Made of
             parameters only: ranks whose shards are empty may have no state for them.
         nbytes: Bytes of all entries on this rank.
@@ -104,6 +117,7 @@ class StatePlan:
         parameters: Sequence[tuple[str, torch.Tensor, parallel.Residence]],
         state_residences: dict[int, parallel.Residence],
         signature: int,
+        split: bool,
     ) -> None:
         """Use :meth:`build`."""
         self.optimizers = tuple(optimizers)
@@ -133,12 +147,17 @@ class StatePlan:
                 (state_residences if len(walk.paths[part]) > 2 else homes).get(walk.paths[part][1], own),
                 walk.parts[part].dtype,
                 walk.parts[part].shape,
+                walk.parts[part].stride() if is_dense(walk.parts[part]) else None,
+                walk.parts[part].device,
             )
             for part in owners
         )
+        self.shared = self._shared() if split else {}
+        self._strides = [(i, self.entries[i].stride) for members in self.shared.values() for i in members]
+        self.pieces = self._pieces()
 
     @classmethod
-    def build(cls, model: nn.Module, optimizers: Sequence[Optimizer], world: int) -> StatePlan:
+    def build(cls, model: nn.Module, optimizers: Sequence[Optimizer], world: int, *, split: bool = False) -> StatePlan:
         """Walk model and optimizers. Puts FSDP modules back to their sharded state; enters no collective.
 
         Handles come from the optimizers: what ``model.parameters()`` yields may be gathered copies.
@@ -148,6 +167,7 @@ class StatePlan:
             model: The model as the training loop holds it, wrappers included.
             optimizers: Its optimizers.
             world: Number of ranks of the job.
+            split: Keep a share of what other ranks hold as well, instead of all of it.
 
         Raises:
             StabilityError: An optimizer has no parameter of the model, or two optimizers share one.
@@ -173,7 +193,7 @@ class StatePlan:
                     state_residences[id(handle)] = layout.state_residence(handle, optimizer)
                     facts.append((number, place, name, str(handle.dtype), layout.shape(handle)))
         signature = int.from_bytes(hashlib.blake2b(repr(facts).encode(), digest_size=8).digest(), "big")
-        return cls(optimizers, parameters, state_residences, signature)
+        return cls(optimizers, parameters, state_residences, signature, split)
 
     def is_current(self) -> bool:
         """Whether parameters, state keys, dtypes, shapes and layouts are still those of the plan.
@@ -236,6 +256,30 @@ class StatePlan:
             single,
         )
 
+    def pieces_of(self, ranks: tuple[int, ...], rank: int) -> list[Piece]:
+        """What one of the ranks that share entries keeps of them."""
+        sizes = [entry.shape.numel() for entry in self.entries]
+        return share(self.shared[ranks], sizes, self.itemsizes, ranks.index(rank), len(ranks))
+
+    def cut(self, tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        """This rank's pieces of tensors of the plan's form: whole ones as they are, parts as flat views."""
+        if not self.shared:
+            return list(tensors)
+        return [
+            tensors[entry] if whole else flat(tensors[entry])[first:last]
+            for (entry, first, last), whole in zip(self.pieces, self._whole, strict=True)
+        ]
+
+    @cached_property
+    def itemsizes(self) -> list[int]:
+        """Bytes of one element of each entry."""
+        return [entry.dtype.itemsize for entry in self.entries]
+
+    @cached_property
+    def bytes_kept(self) -> int:
+        """Bytes of this rank's pieces."""
+        return sum((last - first) * self.itemsizes[entry] for entry, first, last in self.pieces)
+
     @cached_property
     def residences(self) -> tuple[tuple[int, ...], ...]:
         """See the class."""
@@ -253,6 +297,29 @@ class StatePlan:
             members.setdefault(entry.residence.ranks, []).append(index)
         return {ranks: tuple(members[ranks]) for ranks in sorted(members)}
 
+    @cached_property
+    def _whole(self) -> list[bool]:
+        return [last - first == self.entries[entry].shape.numel() for entry, first, last in self.pieces]
+
+    def _shared(self) -> dict[tuple[int, ...], tuple[int, ...]]:
+        home = parallel.local(self.parameters[0][1]).device.type
+        found = {
+            ranks: tuple(
+                index
+                for index in members
+                if self.entries[index].device.type == home and self.entries[index].stride is not None
+            )
+            for ranks, members in self._classes.items()
+            if len(ranks) > 1
+        }
+        return {ranks: members for ranks, members in found.items() if members}
+
+    def _pieces(self) -> tuple[Piece, ...]:
+        mine = {index for members in self.shared.values() for index in members}
+        whole = [Piece(i, 0, entry.shape.numel()) for i, entry in enumerate(self.entries) if i not in mine]
+        parts = [piece for ranks in self.shared for piece in self.pieces_of(ranks, parallel.this_rank())]
+        return tuple(sorted([*whole, *parts]))
+
     def _look(self) -> Image | None:
         """The live state now; None if it has another form than the plan."""
         retrace = Retrace()
@@ -261,12 +328,20 @@ class StatePlan:
         except Changed:
             return None
         parts = retrace.parts
-        if not self._tied:
-            return Image(parts, held)
-        # Parts that shared an entry must share memory still, or one of them would be left out.
-        if any(_memory(parts[first]) != _memory(parts[second]) for first, second in self._tied):
+        if self._tied:
+            # Parts that shared an entry must share memory still, or one of them would be left out.
+            if any(_memory(parts[first]) != _memory(parts[second]) for first, second in self._tied):
+                return None
+            parts = [parts[owner] for owner in self._owners]
+        # Ranks cut what they share in the order of its memory.
+        if any(parts[index].stride() != stride for index, stride in self._strides):
             return None
-        return Image([parts[owner] for owner in self._owners], held)
+        return Image(parts, held)
+
+
+def flat(tensor: torch.Tensor) -> torch.Tensor:
+    """The elements of a tensor without gaps, in the order of its memory: a view."""
+    return tensor.as_strided((tensor.numel(),), (1,), tensor.storage_offset())
 
 
 def _memory(tensor: torch.Tensor) -> tuple[Any, ...]:

@@ -7,6 +7,9 @@ FILLING; it then never becomes VALID, and every other slot is as it was. Only CO
 and restored; both wait on the host for what is under way.
 
 Entry contract: ``order`` is called before anything changes the state after a fill.
+
+Under a plan that shares entries with other ranks a slot holds this rank's pieces only. Then ``restore`` writes what is
+whole here, and ``gather`` brings the rest, all ranks together.
 """
 
 from __future__ import annotations
@@ -26,10 +29,11 @@ from .. import parallel
 from ..errors import SnapshotError
 from .arena import Arena, check_budget
 from .copier import Bucket, Copier, HostWork, ThreadTransfer, Transfer, chunks, copy_on_host, view_in
-from .digest import bytes_of
+from .digest import bytes_of, entry_digests
 from .host import EntryState, ForwardState
 from .layout import Layout
-from .plan import Digests, StatePlan
+from .plan import Digests, Entry, StatePlan, flat
+from .share import packs
 from .tree import Held, Overlay
 
 _STUCK = 10.0
@@ -75,12 +79,15 @@ class Slot:
         self._locked_for: torch.device | None = None
         self._layout = Layout.of((), (), ())
         self._views: list[torch.Tensor] = []
+        self._forms: list[torch.Tensor] = []  # one for each entry: its view, or a tensor without memory if it is shared
         self._bytes: list[torch.Tensor] = []  # the views as bytes where they have them in order: quicker to sum up
         self._chunks: list[tuple[int, int]] = []
         self._buckets: dict[torch.device, list[Bucket]] = {}
         self._plan: StatePlan | None = None
         self._held: tuple[tuple[Held, ...], ...] = ()
         self._digests = Digests({}, torch.empty(0, dtype=torch.int64))
+        self._sums = self._digests.entries  # of this rank's pieces
+        self._awaited: dict[int, list[torch.Tensor]] = {}  # by entry, the live tensors that gather() has to fill
         self._transfers: list[Transfer] = []
         self._published = False
         # While a copy is under way: its sources, kept alive, and how often each had been written to at the fill.
@@ -140,14 +147,17 @@ class Slot:
         if self.forward is not None:
             self.forward.clear()
         image = plan.image()
-        devices = tuple(tensor.device for tensor in image.tensors)
+        live = plan.cut(image.tensors)
+        devices = tuple(tensor.device for tensor in live)
         same = plan is self._plan and devices == self._layout.devices
         self._forget(wait=not same)
         if not same:
             self._plan = None
-            self._reserve(plan, image.tensors, devices)
+            self._reserve(plan, live, devices)
         self.attempt, self._plan, self._held = attempt, plan, image.held
-        self._start(plan, image.tensors, digests, on_chunk or (lambda: None))
+        if plan.shared and digests is None:  # the slot will not have all that they are of
+            digests = plan.digests(image.tensors)
+        self._start(plan, live, digests, on_chunk or (lambda: None))
         if not self._transfers:
             self.state = SlotState.COMPLETE
 
@@ -231,7 +241,7 @@ class Slot:
             time.sleep(0.001)
         self._forget(wait=True)
         self.release()
-        self._plan, self._views, self._bytes, self._buckets = None, [], [], {}
+        self._plan, self._views, self._forms, self._bytes, self._buckets = None, [], [], [], {}
         if self._arena is not None:
             self._arena.close()
             self._arena = None
@@ -247,9 +257,9 @@ class Slot:
             return [str(error)]
         if self.state not in (SlotState.COMPLETE, SlotState.VALID):
             return [f"the slot itself, which is {self.state}"]
-        found = self.plan.digests(self._bytes).entries
-        wrong = (found != self._digests.entries.cpu()).nonzero().flatten().tolist()
-        names = [self.plan.entries[index].name for index in wrong]
+        found = entry_digests(self._bytes)
+        wrong = (found != self._sums.cpu()).nonzero().flatten().tolist()
+        names = [self._name(index) for index in wrong]
         return names + [name for name in self._changed if name not in names]
 
     @torch.no_grad()
@@ -258,7 +268,8 @@ class Slot:
 
         Optimizer state that the slot does not have is deleted. Tensors keep their objects and addresses; one that has
         vanished or changed its form since is made again. Call ``parallel.reshard`` before and after. Interrupted, it
-        may be called again. On an accelerator it is queued on the current stream.
+        may be called again. On an accelerator it is queued on the current stream. What is shared with other ranks is
+        not there before :meth:`gather`.
 
         Args:
             on_chunk: Called between chunks of tensors; what it raises interrupts the restore.
@@ -272,12 +283,60 @@ class Slot:
         for slot in self._siblings:  # another one may be taking its copy of what is about to be overwritten
             with contextlib.suppress(SnapshotError):
                 slot.order()
-        overlay = Overlay(self._view, self.plan.name)
+        overlay = Overlay(self._form, self.plan.name)
         for optimizer, of_optimizer in zip(self.plan.optimizers, self._held, strict=True):
             self._check(optimizer, of_optimizer, overlay)
         for optimizer, of_optimizer in zip(self.plan.optimizers, self._held, strict=True):
             _lay(optimizer, of_optimizer, overlay)
         self._write(overlay.copies, on_chunk or (lambda: None))
+
+    @torch.no_grad()
+    def gather(
+        self,
+        send: Callable[[torch.Tensor, tuple[int, ...], int], object],
+        device: torch.device,
+        on_chunk: Callable[[], object] | None = None,
+    ) -> None:
+        """Bring what is shared with other ranks into the tensors that ``restore`` found or made. All of them together.
+
+        Args:
+            send: Broadcasts a tensor of bytes among some ranks, of which the last argument is the source.
+            device: Where it wants them.
+            on_chunk: Called before each of them; what it raises interrupts the restore.
+
+        Collectives: for each set of ranks and each of them, one for every 32 MiB of its share.
+        """
+        plan, me = self.plan, parallel.this_rank()
+        place = {(piece.entry, piece.first): index for index, piece in enumerate(plan.pieces)}
+        targets = {
+            entry: [_laid_out(live, plan.entries[entry]) for live in tensors]
+            for entry, tensors in self._awaited.items()
+        }
+        for ranks in plan.shared:
+            for source in ranks:
+                pieces = plan.pieces_of(ranks, source)
+                own = {piece.entry: piece.first for piece in pieces}
+                for pack in packs(pieces, plan.itemsizes):
+                    bucket = torch.empty(pack.nbytes, dtype=torch.uint8, device=device)
+                    parts = [
+                        bucket[start : start + (last - first) * plan.itemsizes[entry]].view(plan.entries[entry].dtype)
+                        for (entry, first, last), start in zip(pack.pieces, pack.starts, strict=True)
+                    ]
+                    if source == me:
+                        for (entry, first, last), part in zip(pack.pieces, parts, strict=True):
+                            begin = own[entry]
+                            part.copy_(flat(self._views[place[entry, begin]])[first - begin : last - begin])
+                    if on_chunk is not None:
+                        on_chunk()
+                    send(bucket, ranks, source)
+                    for (entry, first, last), part in zip(pack.pieces, parts, strict=True):
+                        for target in targets[entry]:
+                            flat(target)[first:last].copy_(part)
+        for entry, tensors in self._awaited.items():
+            for live, target in zip(tensors, targets[entry], strict=True):
+                if target is not live:
+                    live.copy_(target)
+        self._awaited = {}
 
     def _start(
         self, plan: StatePlan, live: list[torch.Tensor], digests: Digests | None, on_chunk: Callable[[], object]
@@ -288,6 +347,8 @@ class Slot:
         in_thread = copier.host_work is HostWork.ALL and copier.overlap and not self._layout.large
         if digests is not None:
             self._digests = digests
+            if not plan.shared:
+                self._sums = digests.entries
 
         def copy(asynchronous: bool = False) -> None:
             done = 0
@@ -302,15 +363,18 @@ class Slot:
             except Exception as error:
                 if not asynchronous:
                     raise
-                name = plan.entries[on_host[done]].name
+                name = self._name(on_host[done])
                 raise SnapshotError(
                     f"rank {parallel.this_rank()}: the snapshot of attempt {self.attempt} was interrupted at {name} "
                     f"({type(error).__name__}: {error}); the one before it is still there"
                 ) from error
 
         def add_up(tensors: Sequence[torch.Tensor]) -> None:
-            if digests is None:
+            if plan.shared:
+                self._sums = entry_digests(tensors)
+            elif digests is None:
                 self._digests = plan.digests(tensors)
+                self._sums = self._digests.entries
 
         def both() -> None:
             copy(asynchronous=True)
@@ -328,7 +392,7 @@ class Slot:
                 self._transfers.append(transfer)
                 if not copier.overlap:
                     transfer.order()
-            if not accelerators and digests is None:
+            if not accelerators and (digests is None or plan.shared):
                 if copier.host_work is HostWork.NONE:
                     add_up(self._bytes)
                 else:
@@ -339,8 +403,8 @@ class Slot:
     def _look_for_changes(self) -> None:
         """Whether anybody wrote to the state while its copy was under way: then the copy is of no single moment."""
         changed = [
-            entry.name
-            for entry, tensor, version in zip(self.plan.entries, self._sources, self._versions, strict=True)
+            self._name(index)
+            for index, (tensor, version) in enumerate(zip(self._sources, self._versions, strict=True))
             if _version(tensor) != version
         ]
         self._sources, self._versions = [], []
@@ -380,8 +444,12 @@ class Slot:
         assert self._arena is not None
         return self._arena.data
 
-    def _view(self, part: int) -> torch.Tensor:
-        return self._views[self.plan.places[part]]
+    def _name(self, piece: int) -> str:
+        return self.plan.entries[self.plan.pieces[piece].entry].name
+
+    def _form(self, part: int) -> torch.Tensor:
+        """The copy of a part of the walk; of one that is shared, a tensor of its form without memory."""
+        return self._forms[self.plan.places[part]]
 
     def _check(self, optimizer: Optimizer, of_optimizer: Sequence[Held], overlay: Overlay) -> None:
         """Raise SnapshotError if the live state cannot take this copy. Changes nothing."""
@@ -404,7 +472,7 @@ class Slot:
     def _reserve(self, plan: StatePlan, tensors: Sequence[torch.Tensor], devices: tuple[torch.device, ...]) -> None:
         """Lay out the views for a plan; take new memory only if there is too little."""
         layout = Layout.of(
-            [entry.nbytes for entry in plan.entries], [entry.dtype.itemsize for entry in plan.entries], devices
+            [tensor.numel() * tensor.element_size() for tensor in tensors], [t.element_size() for t in tensors], devices
         )
         cuda = next((device for device in layout.large if device.type == "cuda"), None)
         if self._arena is None or layout.nbytes > self._data.numel() or self._locked_for != cuda:
@@ -416,11 +484,25 @@ class Slot:
         self._layout = layout
         self._views = [view_in(self._data, start, like) for start, like in zip(layout.starts, tensors, strict=True)]
         self._bytes = [bytes_of(view) if view.is_contiguous() else view for view in self._views]
+        whole = {piece.entry: view for piece, view in zip(plan.pieces, self._views, strict=True)}
+        shared = {index for members in plan.shared.values() for index in members}
+        self._forms = [
+            torch.empty_strided(entry.shape, entry.stride, dtype=entry.dtype, device="meta")
+            if index in shared and entry.stride is not None
+            else whole[index]
+            for index, entry in enumerate(plan.entries)
+        ]
         self._chunks = list(chunks([self._views[index] for index in layout.host]))
         self._buckets = {device: self._copier.lane(device).buckets(layout, self._views) for device in layout.large}
 
     def _write(self, copies: Sequence[tuple[torch.Tensor, torch.Tensor]], on_chunk: Callable[[], object]) -> None:
-        """Write views of this slot into live tensors: pairs of (live tensor, view)."""
+        """Write views of this slot into live tensors: pairs of (live tensor, view or form)."""
+        self._awaited = {}
+        entry_at = {id(form): index for index, form in enumerate(self._forms) if form.is_meta}
+        for live, form in copies:
+            if form.is_meta:
+                self._awaited.setdefault(entry_at[id(form)], []).append(live)
+        copies = [(live, view) for live, view in copies if not view.is_meta]
         entry_of = {id(view): index for index, view in enumerate(self._views)}
         on_host = [(live, view) for live, view in copies if live.device.type == "cpu"]
         targets = [live for live, _ in on_host]
@@ -450,6 +532,13 @@ def _lay(optimizer: Optimizer, of_optimizer: Sequence[Held], overlay: Overlay) -
     kept = {id(held.key) for held in of_optimizer}
     for key in [key for key in states if id(key) not in kept]:
         del states[key]
+
+
+def _laid_out(live: torch.Tensor, entry: Entry) -> torch.Tensor:
+    """The tensor itself if its memory has the order of the entry's, else another one that has."""
+    if entry.stride is None or live.stride() == entry.stride:
+        return live
+    return torch.empty_strided(entry.shape, entry.stride, dtype=live.dtype, device=live.device)
 
 
 def _version(tensor: torch.Tensor) -> int:

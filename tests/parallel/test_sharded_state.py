@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import pytest
@@ -10,7 +11,8 @@ import torch.distributed as dist
 from modes import build
 
 from dist_stability import parallel
-from dist_stability.snapshot import ForwardState, Slot, StatePlan
+from dist_stability.snapshot import ForwardState, Slot, StatePlan, share
+from dist_stability.startup import make_vote
 from dist_stability.testing.oracle import capture_state, compare
 
 TWO = [
@@ -41,7 +43,7 @@ ALL = {
 }
 
 
-def round_trip(rank: int, world: int, mode: str, optimizer: str) -> dict[str, Any]:
+def round_trip(rank: int, world: int, mode: str, optimizer: str, split: bool = False) -> dict[str, Any]:
     def image(run: Any) -> Any:
         return capture_state(run.model, run.optimizer)
 
@@ -56,7 +58,7 @@ def round_trip(rank: int, world: int, mode: str, optimizer: str) -> dict[str, An
     for index in range(3):
         run.step(index)
     parallel.reshard(run.model)
-    plan = StatePlan.build(run.model, [run.optimizer], world)
+    plan = StatePlan.build(run.model, [run.optimizer], world, split=split)
     slot, forward = Slot(), ForwardState(run.model)
     forward.capture()
     slot.fill(plan, 2)
@@ -71,6 +73,12 @@ def round_trip(rank: int, world: int, mode: str, optimizer: str) -> dict[str, An
     assert slot.verify() == []
     parallel.reshard(run.model)
     slot.restore()
+    if split:
+        vote, _ = make_vote(None, torch.device("cpu"), 60.0)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(share, "CHUNK", 1000)  # so that there is more than one
+            slot.gather(partial(vote.broadcast, 0), vote.device)
+        vote.close()
     forward.restore()
     parallel.reshard(run.model)
     assert plan.is_current()
@@ -85,6 +93,7 @@ def round_trip(rank: int, world: int, mode: str, optimizer: str) -> dict[str, An
         "residences": plan.residences,
         "digests": {ranks: int(value) for ranks, value in live.items()},
         "empty": sum(entry.shape.numel() == 0 for entry in plan.entries),
+        "bytes": (plan.nbytes, plan.bytes_kept),
     }
 
 
@@ -114,6 +123,13 @@ def test_optimizers(two: Any, mode: str, optimizer: str) -> None:
 @pytest.mark.parametrize("mode", FOUR)
 def test_four_ranks(four: Any, mode: str) -> None:
     check(four.run(round_trip, mode, "adamw"), mode)
+
+
+@pytest.mark.parametrize("mode", [mode for mode in (*TWO, *FOUR) if any(len(ranks) > 1 for ranks in ALL.get(mode, ()))])
+def test_shares_of_replicas(two: Any, four: Any, mode: str) -> None:
+    results = (two if mode in TWO else four).run(round_trip, mode, "adamw", True)
+    check(results, mode)
+    assert any(kept < everything for everything, kept in (result["bytes"] for result in results))
 
 
 def untouched(rank: int, world: int, mode: str) -> None:
