@@ -93,6 +93,8 @@ class StabilityController:
         replica_check_every: Compare the bits of replicated state at every this many judged attempts; 0 never.
         split_replicas: Where ranks hold the same state (DDP, HSDP), each keeps its share of the snapshot, and a restore
             gathers them; by default if replicas are compared.
+        shadow: Keep a copy of the safe state on the device as well (two with ``decision="deferred"``), if its memory
+            allows: a refusal is then taken back without the link, and without gathering shares.
         signals: What else to measure and log at judged attempts, beside what is free: ``UpdateRms()``, ``GroupNorms()``
             and others of :mod:`dist_stability.signals`. They ride in the vote. A collapse of the effective step (free
             with Adam, with ``UpdateRatio()`` for any optimizer) is refused, too: an optimizer whose second moment is
@@ -146,6 +148,7 @@ class StabilityController:
         timeout: float = 60.0,
         replica_check_every: int = 1,
         split_replicas: bool | None = None,
+        shadow: bool = False,
         on_event: Callable[[dict[str, Any]], None] | None = None,
     ) -> None:
         """Check the arguments, agree on them with the other ranks, measure y(theta_0), take the first snapshot."""
@@ -154,7 +157,7 @@ class StabilityController:
         optimizers = check_optimizers(optimizer)
         guards, self._extra_state = check_parts(model, probe, rule, guards, extra_state, confirm, trend, reload)
         check_settings(
-            every, mode, probe_on, timeout, replica_check_every, anchors, escalation, decision, split_replicas
+            every, mode, probe_on, timeout, replica_check_every, anchors, escalation, decision, split_replicas, shadow
         )
         self.model, self.rule, self.mode, self.decision = model, rule, mode, decision
         self._deferred = decision == "deferred"
@@ -162,6 +165,7 @@ class StabilityController:
         self._enforced = mode == "enforce"
         self._optimizers = optimizers
         self._timeout, self._probe_on, self._replica_check_every = float(timeout), probe_on, replica_check_every
+        self._shadow = shadow
         self._split = replica_check_every > 0 if split_replicas is None else split_replicas
         self._on_event = on_event
         self._ladder = Ladder(escalation)
@@ -174,7 +178,8 @@ class StabilityController:
         self._anchors, self._reloadable = anchors, reload is not None
         kept = anchors if self._panel.supports_deep else 0
         world = len(world_of(process_group))
-        self._recovery = Recovery(model, optimizers, self._extra_state, world, kept, self._phases, self._split)
+        shadows = (2 if self._deferred else 1) if shadow and self._enforced else 0
+        self._recovery = Recovery(model, optimizers, self._extra_state, world, kept, self._phases, self._split, shadows)
         self._measuring = Measuring(model, probe, probe_on, confirm)
         self._rates = RateCut(optimizers)
         self._said_rate: float | None = None
@@ -471,6 +476,7 @@ class StabilityController:
             "escalation": str(self._ladder.settings),
             "anchors": self._anchors,
             "split_replicas": self._split,
+            "shadow": self._shadow,
             "reload": self._reloadable,
             **self._panel.settings(),
             "guards": [settings_of(guard) for guard in self._veto.guards],

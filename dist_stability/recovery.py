@@ -13,7 +13,7 @@ Captured one moment earlier or later, the run is no longer its golden twin.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -26,7 +26,7 @@ from . import parallel
 from .attempt import Attempt, Phases, one_line
 from .errors import LockstepError, SnapshotError
 from .rules import Guarantees
-from .snapshot import Copier, Digests, EntryState, ForwardState, Slot, SlotRing, StatePlan
+from .snapshot import Copier, Digests, EntryState, ForwardState, Shadow, Slot, SlotRing, StatePlan
 from .vote import Ballot, Tally, Vote
 
 
@@ -41,6 +41,7 @@ class Recovery:
         anchors: How many older states to keep for deep restores.
         phases: Of this controller.
         split: Keep a share of what other ranks hold as well.
+        shadows: How many copies to keep on the device: 2 where one may be of a state that is not safe yet.
     """
 
     def __init__(
@@ -52,6 +53,7 @@ class Recovery:
         anchors: int,
         phases: Phases,
         split: bool = False,
+        shadows: int = 0,
     ) -> None:
         """Make the plan; copies nothing yet.
 
@@ -66,6 +68,7 @@ class Recovery:
         self._split = split
         self.plan = self.build_plan()
         self.ring = SlotRing(anchors, Copier())
+        self._shadows = [Shadow() for _ in range(shadows)]
         # What an attempt that follows unjudged ones would be undone to by a veto; a rollback goes further back.
         self._scratch = ForwardState(model)
         self._forward = self._scratch
@@ -142,9 +145,16 @@ class Recovery:
         self.plan = plan
         slot = self.ring.begin()
         slot.fill(plan, attempt, digests, on_chunk=self._phases.chunk("copy"))
+        self._shade(slot)
         slot.rule_anchor, slot.measurement = rule_anchor, measurement
         slot.publish()
         self.ring.commit(slot, as_anchor=rule_anchor is not None)
+
+    def _shade(self, slot: Slot) -> None:
+        """Copy the live state on the device, too: over the copy that is not of the safe state, if there are two."""
+        if self._shadows:
+            self._shadows.sort(key=lambda shadow: self.ring.has_safe and shadow.holds(self.ring.safe))
+            self._shadows[0].fill(slot, slot.plan)
 
     # ------------------------------------------------------------------ a copy that is not safe yet
 
@@ -164,6 +174,7 @@ class Recovery:
         self._phases.enter("copy")
         slot = self.ring.begin()
         slot.fill(plan, attempt, digests, on_chunk=self._phases.chunk("copy"))
+        self._shade(slot)
         self._held = slot
 
     def keep(self, measurement: float, rule_anchor: dict[str, Any] | None = None) -> None:
@@ -196,6 +207,8 @@ class Recovery:
     def close(self) -> None:
         """Give the host memory back. Nothing can be undone afterwards."""
         self.ring.close()
+        for shadow in self._shadows:
+            shadow.close()
 
     # ------------------------------------------------------------------ undo
 
@@ -218,7 +231,7 @@ class Recovery:
         Returns:
             The slot that was restored, equal on all ranks.
 
-        Collectives: two votes for each slot tried; one more vote and the broadcasts of the shares if ranks share state.
+        Collectives: two votes for each copy tried; one more vote and the broadcasts of the shares if ranks share state.
 
         Raises:
             SnapshotError: On every rank: no slot is sound everywhere.
@@ -227,15 +240,15 @@ class Recovery:
         self._phases.enter("restore")
         self.before_step()
         trouble: list[str] = []
-        for slot in self.ring.no_newer_than(wanted):
-            damaged = slot.verify()
+        for slot, shadow in self._copies(wanted):
+            damaged = slot.verify() if shadow is None else shadow.verify()
             ballot = Ballot(no=bool(damaged), agree={**attempt.agree, "point of the protocol": 3})
             if vote.cast(ballot, attempt.index).no:
                 for rank, names in vote.gather(damaged[:3], attempt.index).items():
                     trouble += [f"rank {rank}: snapshot of attempt {slot.attempt}: damaged {n}" for n in names]
                 continue
-            failure = self._write_back(slot)
-            if slot.plan.shared:
+            failure = self._write_back(slot, shadow)
+            if slot.plan.shared and shadow is None:
                 # A share can only be sent if everybody is there to send and to take it.
                 self._agreed(failure, Ballot(agree={**attempt.agree, "point of the protocol": 4}), attempt, vote)
                 send = partial(vote.broadcast, attempt.index)
@@ -254,11 +267,23 @@ class Recovery:
             f"Restart the job from its last checkpoint."
         )
 
-    def _write_back(self, slot: Slot) -> BaseException | None:
-        """Write what one slot has into the live state, in place; what went wrong, if anything did."""
+    def _copies(self, wanted: Slot) -> Iterator[tuple[Slot, Shadow | None]]:
+        """Where to look for a state, alike on all ranks: (slot, its copy on the device, or None for its own bytes)."""
+        for shadow in self._shadows:
+            if shadow.holds(wanted):
+                yield wanted, shadow
+        for slot in self.ring.no_newer_than(wanted):
+            yield slot, None
+
+    def _write_back(self, slot: Slot, shadow: Shadow | None) -> BaseException | None:
+        """Write what one copy has into the live state, in place; what went wrong, if anything did."""
         try:
             parallel.reshard(self._model)
-            slot.restore(on_chunk=self._phases.chunk("restore"))
+            if shadow is not None:
+                self._phases.chunk("restore")()
+                shadow.restore()
+            else:
+                slot.restore(on_chunk=self._phases.chunk("restore"))
         except Exception as error:
             return error
         return None

@@ -105,6 +105,7 @@ def check_settings(
     escalation: Any,
     decision: str = "immediate",
     split_replicas: bool | None = None,
+    shadow: bool = False,
 ) -> None:
     """The plain settings.
 
@@ -131,6 +132,8 @@ def check_settings(
         raise ValueError(f"decision: expected one of {DECISIONS}, got {decision!r}")
     if split_replicas is not None and not isinstance(split_replicas, bool):
         raise TypeError(f"split_replicas: expected True, False or None, got {split_replicas!r}")
+    if not isinstance(shadow, bool):
+        raise TypeError(f"shadow: expected True or False, got {shadow!r}")
     if split_replicas and not replica_check_every:
         raise ValueError(
             "split_replicas=True needs replicas that are compared: a rank would be given the bits of another. Set "

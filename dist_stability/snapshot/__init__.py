@@ -12,6 +12,7 @@ from .host import EntryState, ForwardState
 from .plan import Digests, Entry, StatePlan
 from .ring import SlotRing
 from .rng import RandomState, forked
+from .shadow import Shadow
 from .slot import Slot, SlotState
 
 __all__ = [
@@ -24,6 +25,7 @@ __all__ = [
     "ForwardState",
     "HostWork",
     "RandomState",
+    "Shadow",
     "Slot",
     "SlotRing",
     "SlotState",

@@ -43,6 +43,11 @@ class SlotRing:
             raise SnapshotError("nothing was committed yet, so there is nothing to go back to")
         return self._safe
 
+    @property
+    def has_safe(self) -> bool:
+        """Whether anything was committed yet."""
+        return self._safe is not None
+
     def begin(self) -> Slot:
         """A slot to fill: one that is neither safe nor an anchor. What an interrupted fill left in it is given up.
 

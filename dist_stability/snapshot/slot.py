@@ -263,7 +263,9 @@ class Slot:
         return names + [name for name in self._changed if name not in names]
 
     @torch.no_grad()
-    def restore(self, on_chunk: Callable[[], object] | None = None) -> None:
+    def restore(
+        self, on_chunk: Callable[[], object] | None = None, source: Sequence[torch.Tensor] | None = None
+    ) -> None:
         """Write the copy back, in place, into the tensors that are the state now. Enters no collective.
 
         Optimizer state that the slot does not have is deleted. Tensors keep their objects and addresses; one that has
@@ -273,6 +275,8 @@ class Slot:
 
         Args:
             on_chunk: Called between chunks of tensors; what it raises interrupts the restore.
+            source: For each entry of the plan, a tensor with the same contents, to be taken instead of this slot's own.
+                Then nothing is left to be gathered.
 
         Raises:
             SnapshotError: The slot is not complete, or it does not fit the live parameters; nothing was changed then.
@@ -283,12 +287,17 @@ class Slot:
         for slot in self._siblings:  # another one may be taking its copy of what is about to be overwritten
             with contextlib.suppress(SnapshotError):
                 slot.order()
-        overlay = Overlay(self._form, self.plan.name)
+        places = self.plan.places
+        forms = self._forms if source is None else source
+        overlay = Overlay(lambda part: forms[places[part]], self.plan.name)
         for optimizer, of_optimizer in zip(self.plan.optimizers, self._held, strict=True):
             self._check(optimizer, of_optimizer, overlay)
         for optimizer, of_optimizer in zip(self.plan.optimizers, self._held, strict=True):
             _lay(optimizer, of_optimizer, overlay)
-        self._write(overlay.copies, on_chunk or (lambda: None))
+        if source is not None:
+            _copy_within(overlay.copies)
+        else:
+            self._write(overlay.copies, on_chunk or (lambda: None))
 
     @torch.no_grad()
     def gather(
@@ -447,10 +456,6 @@ class Slot:
     def _name(self, piece: int) -> str:
         return self.plan.entries[self.plan.pieces[piece].entry].name
 
-    def _form(self, part: int) -> torch.Tensor:
-        """The copy of a part of the walk; of one that is shared, a tensor of its form without memory."""
-        return self._forms[self.plan.places[part]]
-
     def _check(self, optimizer: Optimizer, of_optimizer: Sequence[Held], overlay: Overlay) -> None:
         """Raise SnapshotError if the live state cannot take this copy. Changes nothing."""
         live = {id(handle) for group in optimizer.param_groups for handle in group["params"]}
@@ -532,6 +537,13 @@ def _lay(optimizer: Optimizer, of_optimizer: Sequence[Held], overlay: Overlay) -
     kept = {id(held.key) for held in of_optimizer}
     for key in [key for key in states if id(key) not in kept]:
         del states[key]
+
+
+def _copy_within(copies: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> None:
+    """Copy pairs of (destination, source), those on the same device in one call."""
+    for device in {destination.device for destination, _ in copies}:
+        here = [pair for pair in copies if pair[0].device == device]
+        torch._foreach_copy_([destination for destination, _ in here], [source for _, source in here])
 
 
 def _laid_out(live: torch.Tensor, entry: Entry) -> torch.Tensor:
