@@ -109,10 +109,11 @@ class Judging:
         Collectives: the probe's forwards, and one all-reduce that is only begun.
         """
         with attempt.timed("probe"):
-            attempt.plan = plan = self._recovery.proposal_plan()
+            plan, image = self._recovery.proposal()
+            attempt.plan = plan
             replan = plan is not self._recovery.plan
             if compare:
-                attempt.digests = plan.digests(plan.tensors())
+                attempt.digests = plan.digests(image.tensors)
             self._phases.enter("probe")
             reading, second = self._measuring.measure(attempt.index)
         first = attempt.pre_vote is None

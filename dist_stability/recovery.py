@@ -26,7 +26,7 @@ from . import parallel
 from .attempt import Attempt, Phases, one_line
 from .errors import LockstepError, SnapshotError
 from .rules import Guarantees
-from .snapshot import Copier, Digests, EntryState, ForwardState, Shadow, Slot, SlotRing, StatePlan
+from .snapshot import Copier, Digests, EntryState, ForwardState, Image, Shadow, Slot, SlotRing, StatePlan
 from .vote import Ballot, Tally, Vote
 
 
@@ -119,10 +119,14 @@ class Recovery:
         self.ring.reset()
         self.commit(self.plan, attempt)
 
-    def proposal_plan(self) -> StatePlan:
-        """The plan that fits the proposal: the current one, unless state tensors appeared or vanished."""
+    def proposal(self) -> tuple[StatePlan, Image]:
+        """The plan that fits the proposal (a new one if state tensors appeared or vanished), and its image."""
         parallel.reshard(self._model)
-        return self.plan if self.plan.is_current() else self.build_plan()
+        image = self.plan.look()
+        if image is not None:
+            return self.plan, image
+        plan = self.build_plan()
+        return plan, plan.image()
 
     def commit(
         self,
@@ -135,7 +139,7 @@ class Recovery:
         """Start to copy the committed state into a free slot; the one before goes when the bytes are there.
 
         Args:
-            plan: From :meth:`proposal_plan`.
+            plan: From :meth:`proposal`.
             attempt: The committed attempt.
             measurement: What the probe measured of it; None if it was loaded from elsewhere.
             rule_anchor: The rule's statistics, if this commit is an anchor.
@@ -167,7 +171,7 @@ class Recovery:
         """Copy a proposal into a free slot without making it safe; the forward that follows is captured with it.
 
         Args:
-            plan: From :meth:`proposal_plan`.
+            plan: From :meth:`proposal`.
             attempt: Index of the attempt that made the proposal.
             digests: Of the live state under this plan, if they were computed for the vote already.
         """

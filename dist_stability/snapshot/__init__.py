@@ -9,7 +9,7 @@ from .buffers import BufferCopies
 from .copier import Copier, HostWork
 from .digest import digest
 from .host import EntryState, ForwardState
-from .plan import Digests, Entry, StatePlan
+from .plan import Digests, Entry, Image, StatePlan
 from .ring import SlotRing
 from .rng import RandomState, forked
 from .shadow import Shadow
@@ -24,6 +24,7 @@ __all__ = [
     "EntryState",
     "ForwardState",
     "HostWork",
+    "Image",
     "RandomState",
     "Shadow",
     "Slot",

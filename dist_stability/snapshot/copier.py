@@ -16,10 +16,11 @@ comes after the copy. Sources must stay alive until then, destinations until ``w
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from enum import StrEnum
+from operator import itemgetter
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -28,6 +29,7 @@ from .layout import Batch, Layout, cuts
 
 _MAX_CHUNK = 64 << 20  # bytes
 _MIN_CHUNKS = 8
+_JOINED = 64 << 10  # bytes of a tensor above which one call for several of them gains nothing
 
 Chunk = Callable[[], object]
 
@@ -281,6 +283,83 @@ def copy_on_host(
         if first:
             on_chunk(first)
         torch._foreach_copy_(list(destinations[first:last]), list(sources[first:last]))
+
+
+class _HostChunk(NamedTuple):
+    """A part of a :class:`HostCopy`.
+
+    Attributes:
+        first: How many tensors come before it.
+        joined: Places of several tensors each, and what picks these out of all.
+        places: Of single tensors.
+        alone: Their indices.
+    """
+
+    first: int
+    joined: list[tuple[torch.Tensor, itemgetter[Any]]]
+    places: list[torch.Tensor]
+    alone: list[int]
+
+
+class HostCopy:
+    """Copies tensors of the CPU to the same places again and again: equal small ones that go side by side in one call.
+
+    Attributes:
+        order: The indices in the order in which they are copied, that of their places.
+    """
+
+    def __init__(self, places: Sequence[torch.Tensor], members: Iterable[int]) -> None:
+        """Look at the places.
+
+        Args:
+            places: Where the tensors go; those of one dtype, shape and strides may follow each other without a gap.
+            members: Indices of those that are copied.
+        """
+        self.order = sorted(members, key=lambda index: places[index].data_ptr())
+        self._chunks: list[_HostChunk] = []
+        for first, last in chunks([places[index] for index in self.order]):
+            runs: list[list[int]] = []
+            for index in self.order[first:last]:
+                if runs and _joins(places[runs[-1][-1]], places[index]):
+                    runs[-1].append(index)
+                else:
+                    runs.append([index])
+            alone = [run[0] for run in runs if len(run) == 1]
+            joined = [(_joined(places[run[0]], len(run)), itemgetter(*run)) for run in runs if len(run) > 1]
+            self._chunks.append(_HostChunk(first, joined, [places[index] for index in alone], alone))
+
+    @torch.no_grad()
+    def run(self, live: Sequence[torch.Tensor], on_chunk: Callable[[int], object]) -> None:
+        """Copy.
+
+        Args:
+            live: One tensor for each place, of its dtype and shape.
+            on_chunk: Called between chunks with the number of tensors done so far.
+        """
+        for chunk in self._chunks:
+            if chunk.first:
+                on_chunk(chunk.first)
+            for place, pick in chunk.joined:
+                torch.stack(pick(live), out=place)
+            if chunk.alone:
+                torch._foreach_copy_(chunk.places, [live[index] for index in chunk.alone])
+
+
+def _joins(one: torch.Tensor, other: torch.Tensor) -> bool:
+    """Whether a small tensor is followed in memory by another one of its form."""
+    size = one.numel() * one.element_size()
+    return (
+        0 < size <= _JOINED
+        and one.data_ptr() + size == other.data_ptr()
+        and (one.dtype, one.shape) == (other.dtype, other.shape)
+        and one.is_contiguous()
+        and other.is_contiguous()
+    )
+
+
+def _joined(first: torch.Tensor, count: int) -> torch.Tensor:
+    """A tensor and those that follow it, as one."""
+    return first.as_strided((count, *first.shape), (first.numel(), *first.stride()))
 
 
 def chunks(tensors: Sequence[torch.Tensor]) -> Iterator[tuple[int, int]]:

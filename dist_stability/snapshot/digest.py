@@ -19,15 +19,21 @@ It is no defence against someone who wants two states to collide.
 
 A(p) and B(p) are products of a table entry for the position in a chunk of 32,768 words and of a number for the chunk.
 On a CPU a row of words times a table is one pass over memory without a temporary (``torch.mv``), which is what makes a
-digest cost little more than a copy. Large tensors are read in place, small ones of one size are gathered: the number of
-kernels grows with the bytes and the number of different sizes, and temporaries stay near 16 MiB (a tensor that is not
-contiguous is copied whole first).
+digest cost little more than a copy. Large tensors are read in place; small ones of one shape are gathered, or read
+where they lie if they lie side by side: the number of kernels grows with the bytes and the number of different shapes.
+
+Temporaries are made once for each thread (on an accelerator, for each stream of a thread) and used again, at most
+18 MiB beside a few words for each tensor and each chunk. Only a large tensor that is not contiguous is copied whole,
+each time.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import operator
+import threading
+from collections.abc import Iterable, Iterator, Sequence
 from functools import lru_cache
+from typing import Any, NamedTuple
 
 import torch
 
@@ -37,14 +43,21 @@ CHUNK = 32768
 LONG_BUCKET = 1 << 20
 """Words of one large tensor handled at a time on a device: 8 MiB, and as much for their upper halves."""
 
-_CACHED = 1 << 17
-"""The same on a CPU: the upper halves, 1 MiB, are read again while they are still in the cache."""
+_CACHED = 1 << 18
+"""The same on a CPU: the upper halves, 2 MiB, are read again while they are still in the cache."""
 
-SMALL_BUCKET = 1 << 18
-"""Words of small tensors gathered at a time: temporaries of 2 MiB."""
+SMALL_BUCKET = 1 << 17
+"""Words of small tensors handled at a time: 1 MiB."""
 
 _WORD = 8  # bytes
 _LOW, _CHUNKS, _ENTRIES, _LENGTHS, _HIGH = 0, 1 << 44, 2 << 44, 3 << 44, 4 << 44  # disjoint ranges of one function
+_HALF = torch.tensor(32, device="cpu")
+"""Bits of half a word, as a tensor: a number would be made into one at each use."""
+
+_STREAMS = 4
+"""How many streams of a thread keep their temporaries."""
+
+_device = operator.attrgetter("device")
 
 
 @torch.no_grad()
@@ -64,28 +77,24 @@ def digest(tensors: Iterable[torch.Tensor]) -> torch.Tensor:
 @torch.no_grad()
 def entry_digests(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
     """The digests d_e of all tensors, int64 of shape (number of tensors,), on the device :func:`digest` uses."""
-    devices = {tensor.device for tensor in tensors}
-    home = next((device for device in devices if device.type != "cpu"), torch.device("cpu"))
-    result = torch.zeros(len(tensors), dtype=torch.int64, device=home)
-    for device in devices:
-        here = tuple(index for index, tensor in enumerate(tensors) if tensor.device == device)
-        found = _on_one_device([tensors[index] for index in here], device)
-        # Towards an accelerator only, so nothing waits.
-        result.index_copy_(0, _integers(here, home), found.to(home, non_blocking=True))
-    return result
+    return Sums(tensors).of(tensors)
 
 
 @torch.no_grad()
-def combine(entries: torch.Tensor, sizes: Sequence[int]) -> torch.Tensor:
-    """The digest D of several tensors from their own digests d_e and their lengths in bytes."""
-    factors = _odd(_ENTRIES, len(sizes), entries.device)
-    return ((entries + _length_marks(tuple(sizes), entries.device)) * factors).sum()
+def combine(entries: torch.Tensor, sizes: Sequence[int], out: torch.Tensor | None = None) -> torch.Tensor:
+    """The digest D of several tensors from their own digests d_e and their lengths in bytes; 0-d, or ``out``."""
+    device = entries.device
+    mixed = _scratch("mixed", len(sizes), device)
+    torch.add(entries, _length_marks(tuple(sizes), device), out=mixed)
+    mixed.mul_(_odd(_ENTRIES, len(sizes), device))
+    return torch.sum(mixed, 0, out=out)
 
 
 @torch.no_grad()
 def select(entries: torch.Tensor, members: tuple[int, ...]) -> torch.Tensor:
-    """Some of the digests d_e, by index."""
-    return entries.index_select(0, _integers(members, entries.device))
+    """Some of the digests d_e, by index. The next call overwrites what this one gives."""
+    chosen = _scratch("selected", len(members), entries.device)
+    return torch.index_select(entries, 0, _integers(members, entries.device), out=chosen)
 
 
 def lengths(tensors: Iterable[torch.Tensor]) -> list[int]:
@@ -93,61 +102,244 @@ def lengths(tensors: Iterable[torch.Tensor]) -> list[int]:
     return [tensor.numel() * tensor.element_size() for tensor in tensors]
 
 
-def _on_one_device(tensors: Sequence[torch.Tensor], device: torch.device) -> torch.Tensor:
-    result = torch.zeros(len(tensors), dtype=torch.int64, device=device)
-    small: dict[int, list[int]] = {}  # by their length in bytes
-    for index, tensor in enumerate(tensors):
-        size = tensor.numel() * tensor.element_size()
-        if size > CHUNK * _WORD:
-            result[index] = _of_long(bytes_of(tensor))
-        elif size:
-            small.setdefault(size, []).append(index)
-    for size, members in small.items():
-        most = max(1, SMALL_BUCKET * _WORD // size)
+class _Part(NamedTuple):
+    """Tensors that are added up in one go.
+
+    Attributes:
+        members: Their indices.
+        size: Bytes of each.
+        dtype: Of each.
+        shape: Of each.
+        rows: Their bytes, one tensor a row, if they lie side by side and stay there; None: look them up and gather.
+    """
+
+    members: tuple[int, ...]
+    size: int
+    dtype: torch.dtype
+    shape: torch.Size
+    rows: torch.Tensor | None
+
+
+class Sums:
+    """How tensors of certain forms are added up: which of them are long, and which are taken together.
+
+    Keeps no tensor. For tensors that are added up again and again: nothing is allocated but the result.
+
+    Attributes:
+        devices: Of the tensors it was made for.
+    """
+
+    def __init__(self, tensors: Sequence[torch.Tensor]) -> None:
+        """Take the forms (dtype, shape, device) from these tensors; they may be on the CPU and one other device."""
+        self.devices = tuple(map(_device, tensors))
+        kinds = sorted(set(self.devices), key=lambda device: (device.type == "cpu", str(device)))
+        self._home = kinds[0] if kinds else torch.device("cpu")
+        self._long: list[tuple[torch.device, int]] = []
+        self._parts: list[tuple[torch.device, _Part]] = []
+        groups: dict[Any, list[int]] = {}
+        for index, (tensor, size) in enumerate(zip(tensors, lengths(tensors), strict=True)):
+            if size > CHUNK * _WORD:
+                self._long.append((tensor.device, index))
+            elif size:
+                groups.setdefault((tensor.device, size, tensor.dtype, tensor.shape), []).append(index)
+        for (device, size, dtype, shape), members in groups.items():
+            for part in self._split(tensors, members, size, dtype, shape):
+                self._parts.append((device, part))
+        # Results come in the order in which they are made; what has no bytes, and the digest 0, is one after the last.
+        order = [index for _, index in self._long] + [index for _, part in self._parts for index in part.members]
+        self._count = len(order)
+        places = [self._count] * len(tensors)
+        for place, index in enumerate(order):
+            places[index] = place
+        self._places = torch.tensor(places, dtype=torch.int64).to(self._home)
+
+    @torch.no_grad()
+    def of(self, tensors: Sequence[torch.Tensor], out: torch.Tensor | None = None) -> torch.Tensor:
+        """The digests d_e of tensors of these forms.
+
+        Args:
+            tensors: As many, of the same dtypes, shapes and devices, in the same order.
+            out: Where to write them, int64 of shape (number of tensors,); by default a new tensor.
+
+        Returns:
+            On the device :func:`digest` uses. No host sync.
+        """
+        found = _scratch("found", self._count + 1, self._home)
+        found[self._count :].zero_()
+        place = 0
+        for device, index in self._long:
+            target = found[place : place + 1]
+            result = _near(target, device)
+            _add_up_long(bytes_of(tensors[index]), result)
+            _deliver(result, target)
+            place += 1
+        for device, part in self._parts:
+            target = found[place : place + len(part.members)]
+            result = _near(target, device)
+            rows = _gather([tensors[i] for i in part.members], part, device) if part.rows is None else part.rows
+            _add_up_rows(_padded(rows), result)
+            _deliver(result.mul_(_odd(_CHUNKS, 1, device)), target)
+            place += len(part.members)
+        return torch.index_select(found, 0, self._places, out=out)
+
+    def _split(
+        self, tensors: Sequence[torch.Tensor], members: Sequence[int], size: int, dtype: torch.dtype, shape: torch.Size
+    ) -> Iterator[_Part]:
+        """Tensors of one form as parts that are not too large."""
+        most = _most(size)
         for first in range(0, len(members), most):
-            part = tuple(members[first : first + most])
-            found = _of_equal([tensors[index] for index in part], size)
-            result.index_copy_(0, _integers(part, device), found)
-    return result
+            yield _Part(tuple(members[first : first + most]), size, dtype, shape, None)
 
 
-def _of_long(data: torch.Tensor) -> torch.Tensor:
+class FixedSums(Sums):
+    """The same for tensors that stay where they are: those of one size that lie side by side are not even gathered.
+
+    Keeps the tensors, and so their memory.
+
+    Attributes:
+        tensors: The tensors.
+    """
+
+    def __init__(self, tensors: Sequence[torch.Tensor]) -> None:
+        """Take forms and places from these tensors."""
+        super().__init__(tensors)
+        self.tensors = tuple(tensors)
+
+    def now(self, out: torch.Tensor | None = None) -> torch.Tensor:
+        """Their digests d_e; see :meth:`Sums.of`."""
+        return self.of(self.tensors, out)
+
+    def _split(
+        self, tensors: Sequence[torch.Tensor], members: Sequence[int], size: int, dtype: torch.dtype, shape: torch.Size
+    ) -> Iterator[_Part]:
+        """Runs of neighbours as parts that are read in place; the others as in :meth:`Sums._split`."""
+        runs: list[list[int]] = []
+        for index in sorted(members, key=lambda index: tensors[index].data_ptr()):
+            if runs and _follows(tensors[runs[-1][-1]], tensors[index], size):
+                runs[-1].append(index)
+            else:
+                runs.append([index])
+        alone: list[int] = []
+        for run in runs:
+            if len(run) == 1:
+                alone += run
+                continue
+            data = bytes_of(tensors[run[0]])
+            rows = data.as_strided((len(run), size), (size, 1))
+            for first in range(0, len(run), _most(size)):
+                part = slice(first, first + _most(size))
+                yield _Part(tuple(run[part]), size, dtype, shape, rows[part])
+        yield from super()._split(tensors, alone, size, dtype, shape)
+
+
+def _most(size: int) -> int:
+    """How many tensors of so many bytes are handled at a time."""
+    return max(1, SMALL_BUCKET // -(-size // _WORD))
+
+
+def _follows(one: torch.Tensor, other: torch.Tensor, size: int) -> bool:
+    """Whether one begins where the other ends, in one piece of memory."""
+    return (
+        one.data_ptr() + size == other.data_ptr()
+        and one.untyped_storage().data_ptr() == other.untyped_storage().data_ptr()
+        and all(each.is_contiguous() and not (each.is_conj() or each.is_neg()) for each in (one, other))
+    )
+
+
+def _near(place: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """Where results of a device are written: their place, or a temporary if that is on another device."""
+    return place if device == place.device else _scratch("result", len(place), device)
+
+
+def _deliver(result: torch.Tensor, place: torch.Tensor) -> None:
+    if result is not place:
+        # Towards an accelerator only, so nothing waits.
+        place.copy_(result, non_blocking=True)
+
+
+def _add_up_long(data: torch.Tensor, out: torch.Tensor) -> None:
     """d_e of the bytes of one tensor of more than CHUNK words, one bucket at a time."""
     chunk_bytes = CHUNK * _WORD
     whole, rest = divmod(data.numel(), chunk_bytes)
+    count = whole + (rest > 0)
     # The next power of two, so that tensors of many sizes share a few tables.
     factors = _odd(_CHUNKS, 1 << whole.bit_length(), data.device)
-    total = torch.zeros((), dtype=torch.int64, device=data.device)
+    sums = _scratch("sums", count, data.device)
     bucket = (_CACHED if data.device.type == "cpu" else LONG_BUCKET) // CHUNK
     for first in range(0, whole, bucket):
         last = min(first + bucket, whole)
-        rows = _words(data[first * chunk_bytes : last * chunk_bytes]).view(last - first, CHUNK)
-        total += (_of_rows(rows) * factors[first:last]).sum()
+        rows = data[first * chunk_bytes : last * chunk_bytes].view(last - first, chunk_bytes)
+        _add_up_rows(_padded(rows), sums[first:last])
     if rest:
-        words = _words(torch.nn.functional.pad(data[whole * chunk_bytes :], (0, -rest % _WORD)))
-        total += _of_rows(words.view(1, -1))[0] * factors[whole]
-    return total
+        _add_up_rows(_padded(data[whole * chunk_bytes :].view(1, rest)), sums[whole:])
+    torch.sum(sums.mul_(factors[:count]), 0, keepdim=True, out=out)
 
 
-def _of_equal(tensors: Sequence[torch.Tensor], size: int) -> torch.Tensor:
-    """d_e of tensors that all have ``size`` bytes, at most CHUNK words."""
-    alike = len({tensor.dtype for tensor in tensors}) == 1 and not any(t.is_conj() or t.is_neg() for t in tensors)
-    if len(tensors) > 1 and alike:  # one alone would not be copied, and keep odd strides
-        joined = torch._utils._flatten_dense_tensors(list(tensors)).view(torch.uint8)
-    else:
-        joined = torch.cat([bytes_of(tensor) for tensor in tensors])
-    rows = joined.view(len(tensors), size)
-    if size % _WORD:
-        rows = torch.nn.functional.pad(rows, (0, -size % _WORD))
-    return _of_rows(_words(rows.view(-1)).view(len(tensors), -1)) * _odd(_CHUNKS, 1, joined.device)
+def _gather(tensors: list[torch.Tensor], part: _Part, device: torch.device) -> torch.Tensor:
+    """The bytes of tensors of one form, one a row."""
+    count, size = len(tensors), part.size
+    if count == 1 and tensors[0].is_contiguous():
+        return bytes_of(tensors[0]).view(1, size)
+    rows = _scratch("gathered", -(-count * size // _WORD), device).view(torch.uint8)[: count * size]
+    torch.stack(tensors, out=rows.view(part.dtype).view(count, *part.shape))
+    return rows.view(count, size)
 
 
-def _of_rows(rows: torch.Tensor) -> torch.Tensor:
+def _padded(rows: torch.Tensor) -> torch.Tensor:
+    """Rows of bytes as rows of signed 64-bit words, zero-padded: a view where they begin and end at words."""
+    count, size = rows.shape
+    if size % _WORD == 0 and rows.storage_offset() % _WORD == 0:
+        return rows.view(torch.int64)
+    words = _scratch("padded", count * -(-size // _WORD), rows.device).view(count, -1)
+    words[:, -1].zero_()
+    words.view(torch.uint8)[:, :size].copy_(rows)
+    return words
+
+
+def _add_up_rows(rows: torch.Tensor, out: torch.Tensor) -> None:
     """sum_p w_p A(p) + (w_p >> 32) B(p) of each row of words."""
-    low, high = (_odd(start, CHUNK, rows.device)[: rows.shape[1]] for start in (_LOW, _HIGH))
-    if rows.device.type == "cpu":
-        return torch.mv(rows, low).add_(torch.mv(rows >> 32, high))
-    return (rows * low).add_((rows >> 32).mul_(high)).sum(1)
+    device = rows.device
+    low, high = (_odd(start, CHUNK, device)[: rows.shape[1]] for start in (_LOW, _HIGH))
+    upper = _scratch("upper", rows.numel(), device).view(rows.shape)
+    if device.type == "cpu":
+        torch.bitwise_right_shift(rows, _HALF, out=upper)
+        torch.mv(rows, low, out=out)
+        out.addmv_(upper, high)
+        return
+    torch.bitwise_right_shift(rows, 32, out=upper)
+    lower = torch.mul(rows, low, out=_scratch("lower", rows.numel(), device).view(rows.shape))
+    torch.sum(lower.add_(upper.mul_(high)), 1, out=out)
+
+
+class _Kept(threading.local):
+    """Temporaries of a thread, by stream (None: the CPU) and name."""
+
+    def __init__(self) -> None:
+        self.by_stream: dict[Any, dict[str, torch.Tensor]] = {}
+
+
+_kept = _Kept()
+
+
+def _scratch(name: str, count: int, device: torch.device) -> torch.Tensor:
+    """So many words of memory that are overwritten when they are asked for again under this name.
+
+    By this thread, and on an accelerator on this stream, whose order is that of the uses. Memory that is let go was
+    taken on the same stream, so its next user comes later as well.
+    """
+    stream = None if device.type == "cpu" else torch.get_device_module(device).current_stream(device)
+    named = _kept.by_stream.get(stream)
+    if named is None:
+        streams = [key for key in _kept.by_stream if key is not None]
+        if len(streams) >= _STREAMS:
+            del _kept.by_stream[streams[0]]
+        named = _kept.by_stream[stream] = {}
+    memory = named.get(name)
+    if memory is None or memory.numel() < count:
+        with torch.inference_mode(False):  # or nobody could write to it outside of that mode
+            size = max(1 << 10, 1 << (count - 1).bit_length())
+            named[name] = memory = torch.empty(size, dtype=torch.int64, device=device)
+    return memory[:count]
 
 
 def bytes_of(tensor: torch.Tensor) -> torch.Tensor:
@@ -157,13 +349,6 @@ def bytes_of(tensor: torch.Tensor) -> torch.Tensor:
     dense = tensor.detach().resolve_conj().resolve_neg().contiguous()
     # Not view(-1) or reshape(-1): a row (or single element) with gaps may keep its stride, which has no view as bytes.
     return dense.as_strided((dense.numel(),), (1,)).view(torch.uint8)
-
-
-def _words(data: torch.Tensor) -> torch.Tensor:
-    """Bytes as signed 64-bit words: a view, where they begin at a word."""
-    if data.storage_offset() % _WORD:
-        data = data.clone()  # bytes that begin between two words cannot be viewed as words
-    return data.view(torch.int64)
 
 
 def _mixed(numbers: torch.Tensor) -> torch.Tensor:

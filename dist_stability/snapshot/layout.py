@@ -65,7 +65,8 @@ class Layout:
         small = [device.type != "cpu" and size < SMALL for size, device in zip(sizes, devices, strict=True)]
         steps = [alignment(size, item) for size, item in zip(sizes, itemsizes, strict=True)]
         order = sorted(
-            range(len(sizes)), key=lambda index: (kinds.index(devices[index]), small[index], -steps[index], index)
+            range(len(sizes)),  # equal sizes side by side: they are copied and summed up together
+            key=lambda index: (kinds.index(devices[index]), small[index], -steps[index], sizes[index], index),
         )
         starts, end, previous = [0] * len(sizes), 0, None
         for index in order:

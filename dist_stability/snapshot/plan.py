@@ -4,8 +4,8 @@ Lifecycle. ``StatePlan.build`` walks the optimizers' parameters and states. Afte
 state and no address: ``image`` (and ``tensors``) look everything up in the optimizers each time. When state appears
 or vanishes (Adam's moments at its first step), ``is_current`` is False and all ranks together make a new plan.
 
-Each look-up is also the check: one pass in Python over parameters and state, along the pass that made the plan. No
-device work, no collective; measured on the CPU, 1,200 plain tensors take 0.8 ms (docs/guarded-step.md).
+Each look-up is also the check: one pass over parameters and state, along the pass that made the plan. No device work,
+no collective; measured on the CPU, 1,200 plain tensors take 0.25 ms (docs/performance.md).
 
 A rank keeps its share of every entry that other ranks hold as well (:mod:`.share`), if the plan is made so: ``pieces``
 are what it keeps. Without that, and of what nobody else holds, a piece is a whole entry.
@@ -33,8 +33,8 @@ from torch.optim import Optimizer
 from .. import parallel
 from ..errors import SnapshotError, StabilityError
 from .copier import is_dense
-from .digest import combine, entry_digests, select
-from .retrace import Changed, Retrace
+from .digest import FixedSums, Sums, combine, select
+from .retrace import Changed, Outline, Retrace
 from .share import Piece, share
 from .tree import Held, Ref, mark, walk_optimizers
 
@@ -86,12 +86,16 @@ class Image:
     """The live state of one moment: its tensors by reference, the rest as a copy.
 
     Attributes:
-        tensors: One for each entry of the plan: plain local tensors that share the live storage.
+        tensors: One for each entry of the plan: plain local tensors that share the live storage. Some are parameters
+            themselves: to be used under ``no_grad``, and detached by whoever keeps them (``param.data = other`` changes
+            what a parameter stands for).
         held: For each optimizer, every parameter in order and then every other key that has state.
+        devices: Of the tensors.
     """
 
     tensors: list[torch.Tensor]
     held: tuple[tuple[Held, ...], ...]
+    devices: tuple[torch.device, ...]
 
 
 class StatePlan:
@@ -125,6 +129,7 @@ class StatePlan:
         self.signature = signature
         self._names = {id(handle): name for name, handle, _ in self.parameters}
         walk, self._walked = walk_optimizers(self.optimizers)
+        self._outlines = [Outline.of(one, held) for one, held in zip(self.optimizers, self._walked, strict=True)]
         # Parts that are the same memory (tied weights, shared state) have one entry, that of the first of them.
         entry_of: dict[Any, int] = {}
         self.places: list[int] = []
@@ -138,6 +143,8 @@ class StatePlan:
                 self._tied.append((owners[place], part))
             self.places.append(place)
         self._owners = tuple(owners)
+        self._devices = tuple(walk.parts[part].device for part in owners)
+        self._sums: Sums | None = None
         homes = {id(handle): home for _, handle, home in self.parameters}
         # What is kept under a key that is no parameter may differ between ranks, for all we know.
         own = parallel.Residence((parallel.this_rank(),))
@@ -198,9 +205,9 @@ class StatePlan:
     def is_current(self) -> bool:
         """Whether parameters, state keys, dtypes, shapes and layouts are still those of the plan.
 
-        An empty state is no state. Costs what :meth:`image` costs.
+        An empty state is no state. Costs what :meth:`look` costs.
         """
-        return self._look() is not None
+        return self.look() is not None
 
     def image(self) -> Image:
         """The live state now.
@@ -208,7 +215,7 @@ class StatePlan:
         Raises:
             SnapshotError: The plan is no longer current.
         """
-        found = self._look()
+        found = self.look()
         if found is None:
             raise SnapshotError(
                 f"rank {parallel.this_rank()}: optimizer state appeared, vanished or changed its shape since the plan "
@@ -217,8 +224,8 @@ class StatePlan:
         return found
 
     def tensors(self) -> list[torch.Tensor]:
-        """The live local tensors, one for each entry; see :meth:`image`."""
-        return self.image().tensors
+        """The live local tensors, one for each entry, detached; see :meth:`image`."""
+        return [tensor.detach() if tensor.requires_grad else tensor for tensor in self.image().tensors]
 
     @property
     def values(self) -> dict[str, Any]:
@@ -237,24 +244,25 @@ class StatePlan:
         owner = self._names.get(mark, f"state {mark!r} of optimizer {number}")
         return f"{'.'.join(map(str, rest))} of {owner}" if rest else owner
 
-    def digests(self, tensors: Sequence[torch.Tensor]) -> Digests:
+    @torch.no_grad()
+    def digests(self, tensors: Sequence[torch.Tensor] | FixedSums, into: Digests | None = None) -> Digests:
         """A digest for each set of ranks, over this rank's part of the entries that lie on exactly those ranks.
 
         Args:
-            tensors: One for each entry: live ones, or their copies in a slot.
+            tensors: One for each entry: live ones from :meth:`image` or :meth:`tensors`, or their copies in a slot.
+            into: What this gave earlier for tensors on the same device, to be overwritten: then nothing is allocated.
 
         Returns:
             On the tensors' device; no host sync, no collective.
         """
-        single = entry_digests(tensors)
-        sizes = [entry.nbytes for entry in self.entries]
-        return Digests(
-            {
-                ranks: combine(select(single, members), [sizes[index] for index in members])
-                for ranks, members in self._classes.items()
-            },
-            single,
-        )
+        out = None if into is None else into.entries
+        single = tensors.now(out) if isinstance(tensors, FixedSums) else self._sums_of(tensors).of(tensors, out)
+        everything = len(self.entries)
+        found = Digests({}, single) if into is None else into
+        for ranks, members in self._classes.items():
+            chosen = single if len(members) == everything else select(single, members)
+            found[ranks] = combine(chosen, self._sizes[ranks], found.get(ranks))
+        return found
 
     def pieces_of(self, ranks: tuple[int, ...], rank: int) -> list[Piece]:
         """What one of the ranks that share entries keeps of them."""
@@ -269,6 +277,10 @@ class StatePlan:
             tensors[entry] if whole else flat(tensors[entry])[first:last]
             for (entry, first, last), whole in zip(self.pieces, self._whole, strict=True)
         ]
+
+    def devices_of(self, image: Image) -> tuple[torch.device, ...]:
+        """Where this rank's pieces of an image lie."""
+        return tuple(image.devices[piece.entry] for piece in self.pieces) if self.shared else image.devices
 
     @cached_property
     def itemsizes(self) -> list[int]:
@@ -289,6 +301,11 @@ class StatePlan:
     def nbytes(self) -> int:
         """See the class."""
         return sum(entry.nbytes for entry in self.entries)
+
+    @cached_property
+    def _sizes(self) -> dict[tuple[int, ...], tuple[int, ...]]:
+        """Bytes of the entries of each set of ranks."""
+        return {ranks: tuple(self.entries[i].nbytes for i in members) for ranks, members in self._classes.items()}
 
     @cached_property
     def _classes(self) -> dict[tuple[int, ...], tuple[int, ...]]:
@@ -320,11 +337,11 @@ class StatePlan:
         parts = [piece for ranks in self.shared for piece in self.pieces_of(ranks, parallel.this_rank())]
         return tuple(sorted([*whole, *parts]))
 
-    def _look(self) -> Image | None:
+    def look(self) -> Image | None:
         """The live state now; None if it has another form than the plan."""
         retrace = Retrace()
         try:
-            held = retrace.optimizers(self.optimizers, self._walked)
+            held = retrace.optimizers(self.optimizers, self._walked, self._outlines)
         except Changed:
             return None
         parts = retrace.parts
@@ -336,7 +353,13 @@ class StatePlan:
         # Ranks cut what they share in the order of its memory.
         if any(parts[index].stride() != stride for index, stride in self._strides):
             return None
-        return Image(parts, held)
+        return Image(parts, held, self._devices if retrace.outlined else tuple(tensor.device for tensor in parts))
+
+    def _sums_of(self, tensors: Sequence[torch.Tensor]) -> Sums:
+        """How tensors of the entries' forms on these devices are added up."""
+        if self._sums is None or self._sums.devices != tuple(tensor.device for tensor in tensors):
+            self._sums = Sums(tensors)
+        return self._sums
 
 
 def flat(tensor: torch.Tensor) -> torch.Tensor:

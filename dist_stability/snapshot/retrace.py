@@ -5,7 +5,8 @@ from __future__ import annotations
 import copy
 import operator
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from itertools import chain
 from typing import Any
 
 import torch
@@ -14,34 +15,142 @@ from torch.optim import Optimizer
 from .. import parallel
 from .tree import IMMUTABLE, MISSING, PLAIN, Held, Ref, mark, parts, tuple_like
 
+_dtype, _shape, _device, _on_cpu = map(operator.attrgetter, ("dtype", "shape", "device", "is_cpu"))
+_parameters = operator.itemgetter("params")
+
 
 class Changed(Exception):
     """A tree no longer has the form it was walked in."""
+
+
+@dataclass(frozen=True, slots=True)
+class Outline:
+    """One optimizer as it was walked, laid flat: enough to see in a few loops of C that only contents have changed.
+
+    There is one only where every parameter and every value of every state is a plain tensor, in dictionaries whose keys
+    are strings. It holds the parameters, and no tensor of the state. Lists "of all tensors" have the parameters first,
+    then the values of the states.
+
+    Attributes:
+        handles: The parameters.
+        owners: The parameters that have a state, in the order of the states.
+        lengths: How many values each state has.
+        keys: Of all states, one after the other.
+        types: Classes of all tensors.
+        dtypes: Of all tensors.
+        shapes: Of all tensors.
+        devices: Of all tensors.
+        on_cpu: All of them are on the CPU.
+        order: For each part of the walk, its number among all tensors.
+    """
+
+    handles: list[torch.Tensor]
+    owners: list[torch.Tensor]
+    lengths: list[int]
+    keys: list[str]
+    types: list[type]
+    dtypes: list[torch.dtype]
+    shapes: list[torch.Size]
+    devices: list[torch.device]
+    on_cpu: bool
+    order: list[int]
+
+    @classmethod
+    def of(cls, optimizer: Optimizer, held: Sequence[Held]) -> Outline | None:
+        """Of what was just walked; None if there is none."""
+        states = parallel.optimizer_state(optimizer)
+        trees = {id(each.key): each.state for each in held if not each.empty}
+        parameters = [each.parameter for each in held if each.parameter is not None]
+        if len(parameters) < len(held) or [id(key) for key in states if id(key) not in trees]:
+            return None  # state under other keys, or an empty one
+        if not all(type(state) is dict and all(type(key) is str for key in state) for state in states.values()):
+            return None
+        handles = [each.key for each in held]
+        places = [*parameters, *(place for key in states for place in trees[id(key)].values())]
+        if not all(type(place) is Ref and not place.forms for place in places):
+            return None
+        tensors = [*handles, *chain.from_iterable(state.values() for state in states.values())]
+        devices = list(map(_device, tensors))
+        return cls(
+            handles,
+            list(states),
+            list(map(len, states.values())),
+            list(chain.from_iterable(states.values())),
+            list(map(type, tensors)),
+            list(map(_dtype, tensors)),
+            list(map(_shape, tensors)),
+            devices,
+            all(device.type == "cpu" for device in devices),
+            sorted(range(len(places)), key=lambda index: places[index].start),
+        )
+
+    def tensors(self, optimizer: Optimizer) -> list[torch.Tensor] | None:
+        """The live tensors in the order of the walk. None: something may have changed, which a walk has to find out."""
+        handles = list(chain.from_iterable(map(_parameters, optimizer.param_groups)))
+        states = parallel.optimizer_state(optimizer)
+        # By identity: comparing tensors would compare their elements.
+        if len(handles) != len(self.handles) or not all(map(operator.is_, handles, self.handles)):
+            return None
+        if len(states) != len(self.owners) or not all(map(operator.is_, states, self.owners)):
+            return None
+        values = list(states.values())
+        if set(map(type, values)) - {dict} or list(map(len, values)) != self.lengths:
+            return None
+        if list(chain.from_iterable(values)) != self.keys:
+            return None
+        everything = [*handles, *chain.from_iterable(map(dict.values, values))]
+        # The classes first: they say that the rest can be asked for.
+        if list(map(type, everything)) != self.types or list(map(_dtype, everything)) != self.dtypes:
+            return None
+        if list(map(_shape, everything)) != self.shapes:
+            return None
+        same = all(map(_on_cpu, everything)) if self.on_cpu else list(map(_device, everything)) == self.devices
+        return list(map(everything.__getitem__, self.order)) if same else None
 
 
 class Retrace:
     """Walks trees along what an earlier :class:`Walk` made of them.
 
     Checked are keys, lengths, the dtype and shape of every tensor and of its parts, its class (a gathered parameter is
-    no shard) and a DTensor's layout. What has not changed is not copied again: about 0.5 microseconds for each tensor.
+    no shard) and a DTensor's layout. What has not changed is not copied again. Where there is an :class:`Outline` that
+    still fits, this takes 0.2 microseconds for each tensor, elsewhere 0.5.
 
     Attributes:
-        parts: As in the earlier walk, of this moment.
+        parts: As in the earlier walk, of this moment; but plain tensors are not detached.
+        outlined: All outlines were there and fit: devices are those of the earlier walk, too.
     """
 
     def __init__(self) -> None:
         """Nothing seen yet."""
         self.parts: list[torch.Tensor] = []
+        self.outlined = True
 
     def optimizers(
-        self, optimizers: Sequence[Optimizer], before: Sequence[tuple[Held, ...]]
+        self,
+        optimizers: Sequence[Optimizer],
+        before: Sequence[tuple[Held, ...]],
+        outlines: Sequence[Outline | None],
     ) -> tuple[tuple[Held, ...], ...]:
         """What :func:`walk_optimizers` would give now.
+
+        Args:
+            optimizers: The optimizers.
+            before: What it gave.
+            outlines: Of each optimizer, of that moment.
 
         Raises:
             Changed: Parameters, state or their forms are not those of ``before``.
         """
-        return tuple(self._optimizer(one, held) for one, held in zip(optimizers, before, strict=True))
+        everything = []
+        for optimizer, held, outline in zip(optimizers, before, outlines, strict=True):
+            found = None if outline is None else outline.tensors(optimizer)
+            if found is None:
+                self.outlined = False
+                held = self._optimizer(optimizer, held)
+            else:
+                self.parts += found
+            everything.append(held)
+        return tuple(everything)
 
     def follow(self, live: Any, copied: Any) -> Any:
         """The copy of a tree now; ``copied`` itself if nothing but contents of tensors can differ.
@@ -107,7 +216,7 @@ class Retrace:
         if type(live) in PLAIN:
             if ref.forms or live.dtype is not ref.dtype or live.shape != ref.shape:
                 raise Changed
-            self.parts.append(live.detach() if live.requires_grad else live)
+            self.parts.append(live)
             return ref if live.device == ref.device else replace(ref, device=live.device)
         if not isinstance(live, torch.Tensor) or live.dtype is not ref.dtype or live.shape != ref.shape:
             raise Changed

@@ -28,8 +28,8 @@ from torch.optim import Optimizer
 from .. import parallel
 from ..errors import SnapshotError
 from .arena import Arena, check_budget
-from .copier import Bucket, Copier, HostWork, ThreadTransfer, Transfer, chunks, copy_on_host, view_in
-from .digest import bytes_of, entry_digests
+from .copier import Bucket, Copier, HostCopy, HostWork, ThreadTransfer, Transfer, chunks, copy_on_host, view_in
+from .digest import FixedSums, bytes_of, entry_digests
 from .host import EntryState, ForwardState
 from .layout import Layout
 from .plan import Digests, Entry, StatePlan, flat
@@ -50,7 +50,7 @@ class SlotState(StrEnum):
 
 
 class Slot:
-    """One preallocated copy. Filling it again under the same plan allocates nothing but the digest's temporaries.
+    """One preallocated copy. Filling it again under the same plan allocates nothing (digest.py has one exception).
 
     Attributes:
         state: See the module.
@@ -80,8 +80,10 @@ class Slot:
         self._layout = Layout.of((), (), ())
         self._views: list[torch.Tensor] = []
         self._forms: list[torch.Tensor] = []  # one for each entry: its view, or a tensor without memory if it is shared
-        self._bytes: list[torch.Tensor] = []  # the views as bytes where they have them in order: quicker to sum up
-        self._chunks: list[tuple[int, int]] = []
+        self._bytes = FixedSums([])  # the views as bytes where they have them in order: quicker to sum up
+        self._host_copy = HostCopy([], [])
+        self._own: Digests | None = None  # overwritten at each fill, as is the next
+        self._own_sums: torch.Tensor | None = None
         self._buckets: dict[torch.device, list[Bucket]] = {}
         self._plan: StatePlan | None = None
         self._held: tuple[tuple[Held, ...], ...] = ()
@@ -148,7 +150,7 @@ class Slot:
             self.forward.clear()
         image = plan.image()
         live = plan.cut(image.tensors)
-        devices = tuple(tensor.device for tensor in live)
+        devices = plan.devices_of(image)
         same = plan is self._plan and devices == self._layout.devices
         self._forget(wait=not same)
         if not same:
@@ -241,7 +243,8 @@ class Slot:
             time.sleep(0.001)
         self._forget(wait=True)
         self.release()
-        self._plan, self._views, self._forms, self._bytes, self._buckets = None, [], [], [], {}
+        self._plan, self._views, self._forms, self._bytes, self._buckets = None, [], [], FixedSums([]), {}
+        self._host_copy = HostCopy([], [])
         if self._arena is not None:
             self._arena.close()
             self._arena = None
@@ -257,7 +260,7 @@ class Slot:
             return [str(error)]
         if self.state not in (SlotState.COMPLETE, SlotState.VALID):
             return [f"the slot itself, which is {self.state}"]
-        found = entry_digests(self._bytes)
+        found = self._bytes.now()
         wrong = (found != self._sums.cpu()).nonzero().flatten().tolist()
         names = [self._name(index) for index in wrong]
         return names + [name for name in self._changed if name not in names]
@@ -352,8 +355,9 @@ class Slot:
     ) -> None:
         """Start everything that has to be copied or summed up."""
         copier = self._copier
-        on_host = self._layout.host
         in_thread = copier.host_work is HostWork.ALL and copier.overlap and not self._layout.large
+        if in_thread or self._layout.large:  # what the parameters stand for now, whatever is made of them meanwhile
+            live = [tensor.detach() for tensor in live]
         if digests is not None:
             self._digests = digests
             if not plan.shared:
@@ -368,21 +372,22 @@ class Slot:
                 on_chunk()
 
             try:
-                copy_on_host([self._views[i] for i in on_host], [live[i] for i in on_host], self._chunks, between)
+                self._host_copy.run(live, between)
             except Exception as error:
                 if not asynchronous:
                     raise
-                name = self._name(on_host[done])
+                name = self._name(self._host_copy.order[done])
                 raise SnapshotError(
                     f"rank {parallel.this_rank()}: the snapshot of attempt {self.attempt} was interrupted at {name} "
                     f"({type(error).__name__}: {error}); the one before it is still there"
                 ) from error
 
-        def add_up(tensors: Sequence[torch.Tensor]) -> None:
+        def add_up(tensors: Sequence[torch.Tensor] | FixedSums) -> None:
             if plan.shared:
-                self._sums = entry_digests(tensors)
+                self._sums = tensors.now(self._own_sums) if isinstance(tensors, FixedSums) else entry_digests(tensors)
+                self._own_sums = self._sums
             elif digests is None:
-                self._digests = plan.digests(tensors)
+                self._digests = self._own = plan.digests(tensors, self._own)
                 self._sums = self._digests.entries
 
         def both() -> None:
@@ -488,7 +493,8 @@ class Slot:
             self._arena, self._locked_for = Arena(layout.nbytes, cuda), cuda
         self._layout = layout
         self._views = [view_in(self._data, start, like) for start, like in zip(layout.starts, tensors, strict=True)]
-        self._bytes = [bytes_of(view) if view.is_contiguous() else view for view in self._views]
+        self._bytes = FixedSums([bytes_of(view) if view.is_contiguous() else view for view in self._views])
+        self._host_copy, self._own, self._own_sums = HostCopy(self._views, layout.host), None, None
         whole = {piece.entry: view for piece, view in zip(plan.pieces, self._views, strict=True)}
         shared = {index for members in plan.shared.values() for index in members}
         self._forms = [
@@ -497,7 +503,6 @@ class Slot:
             else whole[index]
             for index, entry in enumerate(plan.entries)
         ]
-        self._chunks = list(chunks([self._views[index] for index in layout.host]))
         self._buckets = {device: self._copier.lane(device).buckets(layout, self._views) for device in layout.large}
 
     def _write(self, copies: Sequence[tuple[torch.Tensor, torch.Tensor]], on_chunk: Callable[[], object]) -> None:

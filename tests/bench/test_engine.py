@@ -24,6 +24,7 @@ from dist_stability.bench.engine.step import _count, headline
 from dist_stability.cli import main
 from dist_stability.experiments.wrapping import Processes
 from dist_stability.report.events import read_json
+from dist_stability.snapshot import StatePlan
 from dist_stability.testing import capture_state, compare
 
 CPU = torch.device("cpu")
@@ -60,6 +61,19 @@ def test_every_keeper_brings_the_state_back(name: str, size: states.Size) -> Non
     assert keeper.held >= plan.nbytes
     for each in keepers.values():
         each.close()
+
+
+@pytest.mark.parametrize("size", SIZES, ids=lambda size: size.name)
+def test_ours_allocates_nothing(size: states.Size) -> None:
+    keepers, _ = make_keepers(*states.build(size, CPU), CPU)
+
+    def once() -> None:
+        keepers["ours"].take()
+        keepers["ours"].wait()
+
+    for _ in range(2):  # one for each slot
+        once()
+    assert allocations(CPU, once) == (0, 0)
 
 
 def test_the_limit_copies_as_many_bytes() -> None:
@@ -142,11 +156,11 @@ def test_collectives_of_a_judged_step(mode: str, world: int) -> None:
     first, *others = harness.pool(world).run(counted, mode)
     key = "own_collectives_per_step"
     assert all(other[name][key] == first[name][key] for other in others for name in first)
-    own = {name: loop[key] for name, loop in first.items() if name != "guarded, deferred"}
-    assert own == {
+    assert {name: loop[key] for name, loop in first.items()} == {
         "plain": 0,
         "guarded": 1,
         "guarded, with a guard": 2,
+        "guarded, deferred": 1,
         "guarded, every 8th": 1 / 8,
         "guarded, none judged": 0,
         "observe": 1,
@@ -156,12 +170,36 @@ def test_collectives_of_a_judged_step(mode: str, world: int) -> None:
     # The probe's forward gathers shards; besides that and the vote nothing is added.
     probe = {"ddp": 0, "fsdp2": 2}[mode]
     assert total["guarded"] == total["plain"] + probe + 1
+    assert total["guarded, deferred"] == total["guarded"]
     assert total["guarded, none judged"] == total["plain"]
     assert total["clone + deepcopy"] == total["plain"] + probe + 1  # it broadcasts its verdict
     reads = {name: loop["host_reads_per_step"] - first["plain"]["host_reads_per_step"] for name, loop in first.items()}
     assert reads["guarded"] == 1, "the vote is read once, and nothing else is"
+    assert reads["guarded, deferred"] == 1, "that of the step before"
     assert reads["guarded, none judged"] == 0
-    assert first["guarded"]["own_bytes"] == {"ddp": 720, "fsdp2": 656}[mode]
+    sizes = {first[name]["own_bytes"] for name in ("guarded", "guarded, deferred")}
+    assert sizes == {{"ddp": 720, "fsdp2": 656}[mode]}
+
+
+def looks(rank: int, world: int) -> list[int]:
+    """How often the plan is checked in each of four steps."""
+    loop = Guarded("guarded", SMALL_WORK, Processes(rank, world, CPU), "ddp")
+    look, counts = StatePlan.look, []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(StatePlan, "look", lambda plan: counts.append(1) or look(plan))
+        found = []
+        for _ in range(4):
+            counts.clear()
+            loop.step()
+            found.append(len(counts))
+    loop.close()
+    return found
+
+
+def test_a_judged_step_looks_at_the_state_twice(two: harness.Pool) -> None:
+    """Before the probe, for the vote and the replicas' digests, and at the copy: the probe is somebody else's code."""
+    # In the first step the optimizer's state appears: the old plan, the new one, the copy.
+    assert two.run(looks) == [[3, 2, 2, 2]] * 2
 
 
 # ---------------------------------------------------------------------- loops and times

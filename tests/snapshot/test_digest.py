@@ -3,14 +3,28 @@
 from __future__ import annotations
 
 import itertools
+import random
+import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from dist_stability.bench.engine.counting import allocations
 from dist_stability.snapshot import RandomState, digest
-from dist_stability.snapshot.digest import CHUNK, LONG_BUCKET, SMALL_BUCKET, combine, entry_digests, lengths
+from dist_stability.snapshot.digest import (
+    CHUNK,
+    LONG_BUCKET,
+    SMALL_BUCKET,
+    FixedSums,
+    Sums,
+    combine,
+    entry_digests,
+    lengths,
+    select,
+)
 
 DTYPES = [
     torch.float32,
@@ -229,6 +243,122 @@ def test_cost_grows_with_bytes_and_not_with_tensors() -> None:
     assert count.kernels < 40
 
 
+# ---------------------------------------------------------------------- again and again
+
+
+def laid_out(sizes: list[int], gaps: list[int]) -> list[torch.Tensor]:
+    """Random bytes: tensors of these sizes in one piece of memory, each after a gap."""
+    data = filled(sum(sizes) + sum(gaps), torch.uint8)
+    found, start = [], 0
+    for size, gap in zip(sizes, gaps, strict=True):
+        start += gap
+        found.append(data[start : start + size])
+        start += size
+    return found
+
+
+SIZE = st.sampled_from([0, 4, 8, 8, 8, 12, 256, 256, 256, 8 * CHUNK, 8 * CHUNK + 12])
+GAP = st.sampled_from([0] * 9 + [4, 8])
+
+
+@given(st.lists(st.tuples(SIZE, GAP), min_size=1, max_size=12), st.randoms(use_true_random=False))
+@settings(max_examples=40, deadline=None)
+def test_neighbours_are_read_in_place_and_count_the_same(places: list[tuple[int, int]], draw: random.Random) -> None:
+    """Whether rows begin at words or not, in any order, also when the bytes are others by then."""
+    tensors = laid_out([size for size, _ in places], [gap for _, gap in places])
+    draw.shuffle(tensors)
+    sums = FixedSums(tensors)
+    for _ in range(2):
+        assert sums.now().tolist() == [int(entry_digests([tensor.clone()])) for tensor in tensors]
+        for tensor in tensors:
+            tensor ^= 77
+
+
+def test_neighbours_of_one_size_are_not_gathered() -> None:
+    tensors = laid_out([256] * 100, [0] * 100)
+    assert [part.rows is not None for _, part in FixedSums(tensors)._parts] == [True]
+    assert [part.rows is not None for _, part in Sums(tensors)._parts] == [False]
+    # More than fit in a bucket: several parts, none of them gathered.
+    many = laid_out([8 * CHUNK] * 11, [0] * 11)
+    parts = [part for _, part in FixedSums(many)._parts]
+    assert len(parts) == -(-11 * CHUNK // SMALL_BUCKET) and all(part.rows is not None for part in parts)
+
+
+def test_tensors_that_end_where_another_memory_begins() -> None:
+    """Next to each other by address is not enough: a view cannot reach from one piece of memory into the next."""
+    whole = filled(64, torch.uint8)
+    first, second = whole[:32], torch.frombuffer(memoryview(whole.numpy())[32:], dtype=torch.uint8)
+    assert first.data_ptr() + 32 == second.data_ptr()
+    sums = FixedSums([first, second])
+    assert [part.rows for _, part in sums._parts] == [None]
+    assert sums.now().tolist() == entry_digests([first.clone(), second.clone()]).tolist()
+
+
+def test_lazily_conjugated_and_negated_tensors_beside_others() -> None:
+    numbers = torch.randn(3, 4, dtype=torch.complex64)
+    lazy = [numbers[0], numbers[1].conj(), numbers[2].conj().imag, numbers[0].real]
+    assert lazy[1].is_conj() and lazy[2].is_neg()
+    expected = entry_digests([tensor.resolve_conj().resolve_neg().clone() for tensor in lazy])
+    assert entry_digests(lazy).tolist() == FixedSums(lazy).now().tolist() == expected.tolist()
+
+
+def assorted() -> list[torch.Tensor]:
+    """Small and long, of every dtype and alignment, single and many, not contiguous, empty."""
+    tensors = [filled(count, dtype) for dtype in DTYPES for count in (1, 1, 6, 64, 64)]
+    tensors += [filled(CHUNK * 4 + 3, torch.float32), filled(CHUNK * 17 + 8, torch.uint8)[3:], torch.empty(0)]
+    tensors += [torch.randn(4, 5).t(), torch.randn(4, 5).t(), torch.tensor(1.0), torch.tensor(2.0)]
+    return tensors + laid_out([4] * 5 + [16] * 5, [0] * 10)
+
+
+@pytest.mark.parametrize("kind", [Sums, FixedSums])
+def test_nothing_is_allocated_the_second_time(kind: type[Sums]) -> None:
+    tensors = assorted()
+    sums, sizes = kind(tensors), lengths(tensors)
+    out, whole = torch.empty(len(tensors), dtype=torch.int64), torch.empty((), dtype=torch.int64)
+    members = tuple(range(1, len(tensors), 2))
+
+    def again() -> None:
+        sums.of(tensors, out)
+        combine(out, sizes, whole)
+        combine(select(out, members), [sizes[index] for index in members], whole)
+
+    again()
+    assert allocations(torch.device("cpu"), again) == (0, 0)
+    assert out.tolist() == [int(entry_digests([tensor])) for tensor in tensors]
+
+
+def test_other_threads_do_not_disturb() -> None:
+    """Each has temporaries of its own; torch lets go of the interpreter's lock while it computes."""
+    sets = [
+        [filled(CHUNK * 4 + 3, torch.int64, seed), *(filled(900, torch.int32, seed + 9 * i) for i in range(40))]
+        for seed in range(4)
+    ]
+    expected = [entry_digests(tensors).tolist() for tensors in sets]
+    start = threading.Barrier(4)
+
+    def many(tensors: list[torch.Tensor]) -> list[list[int]]:
+        start.wait()
+        return [entry_digests(tensors).tolist() for _ in range(30)]
+
+    with ThreadPoolExecutor(4) as threads:
+        for found, one in zip(threads.map(many, sets), expected, strict=True):
+            assert found == [one] * 30
+
+
+def test_first_under_inference_mode() -> None:
+    """What is made there cannot be written to elsewhere."""
+    tensors = assorted()
+
+    def both() -> tuple[list[int], list[int]]:
+        with torch.inference_mode():
+            inside = entry_digests(tensors).tolist()
+        return inside, entry_digests(tensors).tolist()
+
+    with ThreadPoolExecutor(1) as thread:  # a thread has no temporaries yet
+        inside, outside = thread.submit(both).result()
+    assert inside == outside
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_same_on_a_gpu_and_without_a_host_sync() -> None:
@@ -241,3 +371,23 @@ def test_same_on_a_gpu_and_without_a_host_sync() -> None:
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert found.is_cuda and int(found) == value(*tensors)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_streams_do_not_disturb_each_other_on_a_gpu() -> None:
+    """Digests of two streams at once, each while the other's temporaries are in use."""
+    sets = [
+        [filled(LONG_BUCKET * 2, torch.int64, seed).cuda(), *(filled(99, torch.int8, 3 * i).cuda() for i in range(50))]
+        for seed in (1, 2)
+    ]
+    expected = [entry_digests(tensors).tolist() for tensors in sets]
+    torch.cuda.synchronize()
+    streams = [torch.cuda.Stream() for _ in sets]
+    found: list[list[torch.Tensor]] = [[], []]
+    for _ in range(20):
+        for stream, tensors, kept in zip(streams, sets, found, strict=True):
+            with torch.cuda.stream(stream):
+                kept.append(entry_digests(tensors))
+    torch.cuda.synchronize()
+    assert [[each.tolist() for each in kept] for kept in found] == [[one] * 20 for one in expected]

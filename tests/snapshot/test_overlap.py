@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import random
 import threading
@@ -20,7 +21,7 @@ from torch import nn
 from zoo import MODES, Case
 
 from dist_stability import SnapshotError
-from dist_stability.snapshot import Copier, HostWork, Slot, SlotRing, SlotState, StatePlan, copier
+from dist_stability.snapshot import Copier, Digests, HostWork, Slot, SlotRing, SlotState, StatePlan, copier
 from dist_stability.testing.oracle import compare
 
 CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
@@ -361,23 +362,138 @@ def test_flipped_bits_of_a_large_slot_are_found(work: HostWork) -> None:
 # ---------------------------------------------------------------------- allocations
 
 
-def test_filling_again_allocates_nothing() -> None:
-    """Counted by torch's own profiler: every allocation of a tensor's memory on the CPU."""
+def allocated(body: Callable[[], object]) -> int:
+    """Bytes of tensors, counted by torch's own profiler, on all threads."""
+    with torch.profiler.profile(profile_memory=True, activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        body()
+    return sum(max(0, event.self_cpu_memory_usage) for event in profile.events())
 
-    def allocated(body: Callable[[], None]) -> int:
-        with torch.profiler.profile(profile_memory=True, activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
-            body()
-        return sum(max(0, event.self_cpu_memory_usage) for event in profile.events())
 
+@pytest.mark.parametrize("work", [HostWork.NONE, HostWork.DIGEST, HostWork.ALL])
+def test_filling_again_allocates_nothing(work: HostWork) -> None:
+    """Nor do its digests, whether they are made or given."""
     run = Training(adam)
     run.step()
-    plan, slot = run.plan(), Slot()
+    plan, slot = run.plan(), Slot(Copier(work))
     digests = plan.digests(plan.tensors())
-    assert allocated(lambda: torch.empty(1000).zero_()) and allocated(lambda: plan.digests(plan.tensors()) and None)
-    slot.fill(plan, 0, digests)
+    assert allocated(lambda: torch.empty(1000).zero_()) and allocated(lambda: plan.digests(plan.tensors()))
+
+    def fill(attempt: int, *given: Digests) -> None:
+        slot.fill(plan, attempt, *given)
+        slot.wait()
+
+    fill(0)
     data = slot._data.data_ptr()
-    assert allocated(lambda: slot.fill(plan, 1, digests)) == 0
+    for attempt in (1, 2):
+        run.step()
+        assert allocated(lambda attempt=attempt: fill(attempt)) == 0  # type: ignore[misc]
+        assert slot.digests[(0,)] == plan.digests(plan.tensors())[(0,)] != digests[(0,)]
     assert slot._data.data_ptr() == data and slot.verify() == []
+    assert allocated(lambda: fill(3, digests)) == 0
+    slot._copier.close()
+
+
+def test_slots_have_digests_of_their_own() -> None:
+    """They are overwritten by the next fill of the same slot, and by nothing else."""
+    run, first, second = Training(adam), Slot(), Slot()
+    run.step()
+    plan = run.plan()
+    first.fill(plan, 0)
+    kept = int(first.digests[(0,)])
+    run.step()
+    second.fill(plan, 1)
+    assert int(first.digests[(0,)]) == kept != int(second.digests[(0,)])
+    assert first.verify() == [] and int(first.digests[(0,)]) == kept
+    first.fill(plan, 2)
+    assert int(first.digests[(0,)]) == int(second.digests[(0,)]) and first.verify() == []
+
+
+# ---------------------------------------------------------------------- copies on the host
+
+
+PATTERNS = {  # what may lie beside what: (dtype, shape) of each
+    "alike": [(torch.float32, (3, 4))] * 40,
+    "scalars": [(torch.float32, ())] * 40,
+    "of many sizes": [(torch.float32, (size % 5, 3)) for size in range(40)],
+    "of many types": [(dtype, (4,)) for dtype in (torch.bfloat16, torch.int16, torch.bool, torch.float8_e4m3fn)] * 10,
+    "long": [(torch.float64, (50_000,))] * 9,
+    "turned": [(torch.float32, (3, 4)), (torch.float32, (4, 3))] * 20,
+    "complex": [(torch.complex64, (5,))] * 20,
+    "one": [(torch.float32, (2,))],
+    "none": [],
+}
+
+
+@pytest.mark.parametrize("pattern", PATTERNS)
+@pytest.mark.parametrize("spread", [False, True])
+def test_copies_on_the_host_are_exact(pattern: str, spread: bool) -> None:
+    """Every bit, NaNs included, in whatever order the places lie; a chunk is never half told."""
+    draw = random.Random(0)
+    live, places, data = [], [], torch.zeros(8_000_000, dtype=torch.uint8)
+    start = 0
+    for dtype, shape in PATTERNS[pattern]:
+        count = torch.Size(shape).numel()
+        bits = torch.randint(0, 2 if dtype is torch.bool else 256, (2 * count * dtype.itemsize,), dtype=torch.uint8)
+        tensor = bits.view(dtype)
+        live.append((tensor[::2] if spread else tensor[:count]).view(shape))
+        places.append(data[start : start + count * dtype.itemsize].view(dtype).view(shape))
+        start += count * dtype.itemsize + (4 if draw.random() < 0.1 else 0) * dtype.itemsize
+    order = list(range(len(live)))
+    draw.shuffle(order)
+    live, places = [live[index] for index in order], [places[index] for index in order]
+    copy = copier.HostCopy(places, [index for index in range(len(places)) if index % 7])
+    done: list[int] = []
+    copy.run(live, done.append)
+    for index, (tensor, place) in enumerate(zip(live, places, strict=True)):
+        expected = tensor.contiguous().view(-1).view(torch.uint8) if index % 7 else torch.zeros(0)
+        assert torch.equal(place.view(-1).view(torch.uint8), expected) if index % 7 else not place.any()
+    assert sorted(copy.order) == [index for index in range(len(places)) if index % 7]
+    assert done == sorted(set(done)) and all(0 < count < len(copy.order) for count in done)
+    assert len(done) >= 3 or len(live) < 9
+    copied: list[int] = []
+    data.zero_()
+    with pytest.raises(Stop) if len(done) > 1 else contextlib.nullcontext():
+        copy.run(live, lambda count: copied.append(count) or (stop() if len(copied) == 2 else None))
+    if len(done) > 1:  # those before the chunk are there, the others are not
+        there = [bool(places[index].view(-1).view(torch.uint8).any()) for index in copy.order]
+        assert not any(there[copied[-1] :])
+
+
+def stop() -> None:
+    raise Stop
+
+
+def test_equal_neighbours_are_copied_in_one_call() -> None:
+    data = torch.zeros(40, 12)
+    copy = copier.HostCopy(list(data.unbind()), range(40))
+    assert sum(len(chunk.joined) for chunk in copy._chunks) == len(copy._chunks) == 8
+    assert not any(chunk.alone for chunk in copy._chunks)
+
+
+def test_equal_tensors_of_a_state_are_neighbours_in_a_slot() -> None:
+    """Small ones of all kinds: parameters, moments, step counters."""
+    model = nn.Sequential(*(nn.Linear(4, 4) for _ in range(20)))
+    optimizer = adam(model.parameters())
+    model(torch.ones(1, 4)).sum().backward()
+    optimizer.step()
+    slot = Slot()
+    slot.fill(StatePlan.build(model, [optimizer], 1), 0)
+    assert [(part.size, len(part.members)) for _, part in slot._bytes._parts] == [(64, 60), (4, 40), (16, 60)]
+    assert all(part.rows is not None for _, part in slot._bytes._parts)
+    assert not any(chunk.alone for chunk in slot._host_copy._chunks)
+
+
+def test_a_parameter_that_gets_other_data_while_it_is_copied(mover: Copier) -> None:
+    """The copy is of what it stood for at the commit."""
+    run, gate, slot = Training(OPTIMIZERS["sgd"]), Gate(mover), Slot(mover)
+    before = run.image()
+    slot.fill(run.plan(), 0)
+    for parameter in run.model.parameters():
+        parameter.data = torch.zeros_like(parameter)
+    gate.open()
+    slot.wait()
+    slot.restore()
+    assert compare(run.image(), before) == []
 
 
 # ---------------------------------------------------------------------- the way to a device, on the CPU

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections import namedtuple
+import gc
+import weakref
+from collections import OrderedDict, UserDict, namedtuple
 from typing import Any
 
 import pytest
 import torch
+from test_slot import OPTIMIZERS
 from torch import nn
 from torch.distributed.tensor import DTensor, Partial, Replicate
 from torch.testing._internal.two_tensor import TwoTensor
@@ -322,8 +325,10 @@ def test_the_second_look_finds_what_the_first_found() -> None:
         walk, held = walk_optimizers([optimizer])
         image = plan.image()
         assert [t.data_ptr() for t in image.tensors] == [t.data_ptr() for t in walk.parts]
-        assert [t.requires_grad for t in image.tensors] == [False] * len(walk.parts)
+        assert [t.data_ptr() for t in plan.tensors()] == [t.data_ptr() for t in walk.parts]
+        assert [t.requires_grad for t in plan.tensors()] == [False] * len(walk.parts)
         assert image.held == held
+        assert image.devices == (torch.device("cpu"),) * len(walk.parts)
     state["note"]["list"][0] = 7
     assert plan.image().held[0][0].state["note"]["list"][0] == 7
     assert plan.values["note.list.0 of 0.weight"] == 7
@@ -405,3 +410,175 @@ def gathered(rank: int, world: int) -> list[bool]:
 
 def test_another_layout_of_the_same_shape_is_another_form(two: Any) -> None:
     assert two.run(gathered) == [[True, False, False, True, False]] * 2
+
+
+# ---------------------------------------------------------------------- the flat look
+
+
+def outlined(plan: StatePlan) -> bool:
+    """Whether the state still fits the flat lists, so that nothing is walked."""
+    return all(
+        outline is not None and outline.tensors(optimizer) is not None
+        for outline, optimizer in zip(plan._outlines, plan.optimizers, strict=True)
+    )
+
+
+class Subclass(torch.Tensor):
+    """Of another class than torch's own."""
+
+
+def first_state(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    return next(iter(optimizer.state.values()))
+
+
+def put(optimizer: torch.optim.Optimizer, **values: Any) -> None:
+    first_state(optimizer).update(values)
+
+
+def replace_state(optimizer: torch.optim.Optimizer, make: Any) -> None:
+    key, state = next(iter(optimizer.state.items()))
+    optimizer.state[key] = make(state)
+
+
+def swap_states(optimizer: torch.optim.Optimizer) -> None:
+    """The same states in another order."""
+    key = next(iter(optimizer.state))
+    optimizer.state[key] = optimizer.state.pop(key)
+
+
+def parameter(optimizer: torch.optim.Optimizer) -> nn.Parameter:
+    return optimizer.param_groups[0]["params"][0]
+
+
+CHANGES: dict[str, tuple[Any, bool]] = {  # what is done to (optimizer), and whether the plan is current afterwards
+    "nothing": (lambda o: None, True),
+    "data of another shape": (lambda o: setattr(parameter(o), "data", torch.ones(3, 4)), False),
+    "data of another dtype": (lambda o: setattr(parameter(o), "data", torch.ones(4, 3).double()), False),
+    "other data": (lambda o: setattr(parameter(o), "data", torch.ones(4, 3)), True),
+    "state resized in place": (lambda o: first_state(o)["exp_avg"].resize_(3, 4), False),
+    "state of no elements": (lambda o: first_state(o)["exp_avg"].resize_(0), False),
+    "another dtype": (lambda o: put(o, exp_avg=torch.ones(4, 3).half()), False),
+    "another shape": (lambda o: put(o, exp_avg=torch.ones(12)), False),
+    "another tensor": (lambda o: put(o, exp_avg=torch.ones(4, 3)), True),
+    "a number": (lambda o: put(o, step=1.0), False),
+    "a subclass": (lambda o: put(o, exp_avg=torch.ones(4, 3).as_subclass(Subclass)), False),
+    "a parameter as state": (lambda o: put(o, exp_avg=nn.Parameter(torch.ones(4, 3))), True),
+    "two parts": (lambda o: put(o, exp_avg=TwoTensor(torch.ones(4, 3), torch.ones(4, 3))), False),
+    "on another device": (lambda o: put(o, exp_avg=torch.ones(4, 3, device="meta")), True),
+    "a new key": (lambda o: put(o, more=torch.ones(1)), False),
+    "a removed key": (lambda o: first_state(o).pop("exp_avg"), False),
+    "another key": (
+        lambda o: replace_state(o, lambda s: {("x" if k == "step" else k): v for k, v in s.items()}),
+        False,
+    ),
+    "a key that is a tensor": (lambda o: replace_state(o, lambda s: {torch.ones(1): 0, **s}), False),
+    "keys in another order": (lambda o: replace_state(o, lambda s: dict(reversed(s.items()))), True),
+    "another dictionary": (lambda o: replace_state(o, dict), True),
+    "a dictionary of another class": (lambda o: replace_state(o, OrderedDict), True),
+    "a mapping that is no dictionary": (lambda o: replace_state(o, UserDict), False),
+    "a list": (lambda o: replace_state(o, lambda s: list(s.values())), False),
+    "no state": (lambda o: replace_state(o, lambda s: {}), False),
+    "a state removed": (lambda o: o.state.pop(parameter(o)), False),
+    "states in another order": (swap_states, True),
+    "state under another key": (lambda o: o.state.update(ema={"x": torch.ones(1)}), False),
+    "an empty state under another key": (lambda o: o.state.update(ema={}), True),
+    "parameters in another order": (lambda o: o.param_groups[0]["params"].reverse(), False),
+    "a parameter removed": (lambda o: o.param_groups[0]["params"].pop(), False),
+    "another parameter": (lambda o: o.param_groups[0]["params"].__setitem__(0, nn.Parameter(torch.ones(4, 3))), False),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_the_flat_look_sees_what_a_walk_sees(change: str) -> None:
+    """And finds the same tensors in the same order."""
+    model, optimizer = trained()
+    plan = plan_of(model, optimizer)
+    assert outlined(plan)
+    act, current = CHANGES[change]
+    act(optimizer)
+    flat = plan.look()
+    plan._outlines = [None]
+    walked = plan.look()
+    assert (flat is not None) == (walked is not None) == current
+    if flat is not None and walked is not None:
+        assert all(one is other for one, other in zip(flat.tensors, walked.tensors, strict=True))
+        assert flat.held == walked.held and flat.devices == walked.devices
+        assert flat.devices == tuple(tensor.device for tensor in flat.tensors)
+
+
+def two_alike() -> tuple[torch.optim.Optimizer, nn.Parameter, nn.Parameter, StatePlan]:
+    """Two parameters of one shape; all that tells their states apart is where they are."""
+    model = nn.ParameterList([nn.Parameter(torch.ones(2)), nn.Parameter(torch.ones(2))])
+    one, two = model
+    optimizer = torch.optim.SGD([one, two], lr=0.1)
+    optimizer.state[one].update(first=torch.zeros(2), second=torch.zeros(2))
+    optimizer.state[two].update(third=torch.zeros(2), fourth=torch.zeros(2))
+    plan = plan_of(model, optimizer)
+    assert outlined(plan)
+    return optimizer, one, two, plan
+
+
+def test_a_value_that_moves_to_the_next_state() -> None:
+    optimizer, one, two, plan = two_alike()
+    optimizer.state[two] = {"second": optimizer.state[one].pop("second"), **optimizer.state[two]}
+    assert not plan.is_current()
+
+
+def test_states_that_change_places() -> None:
+    optimizer, one, two, _ = two_alike()
+    optimizer.state[two] = {key: torch.ones(2) for key in optimizer.state[one]}
+    plan = plan_of(nn.ParameterList([one, two]), optimizer)
+    states = dict(optimizer.state)
+    optimizer.state.clear()
+    optimizer.state.update({two: states[two], one: states[one]})
+    assert [tensor.tolist() for tensor in plan.tensors()] == [[1, 1], [0, 0], [0, 0], [1, 1], [1, 1], [1, 1]]
+    del optimizer.state[one]
+    other = nn.Parameter(torch.ones(2))
+    optimizer.state[other] = states[one]
+    assert not plan.is_current(), "the same state, of somebody else"
+
+
+@pytest.mark.parametrize(
+    "name", ["none", "sgd", "momentum", "adam-foreach", "amsgrad", "adafactor", "rprop", "two", "frozen", "double"]
+)
+def test_which_states_are_looked_at_flat(name: str) -> None:
+    """All that are dictionaries of plain tensors, also where only some parameters have a state."""
+    model = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2))
+    make = OPTIMIZERS.get(name, OPTIMIZERS["adam-foreach"])
+    made = [make(model.parameters())]
+    if name == "two":
+        made = [make(model[1].parameters()), OPTIMIZERS["momentum"](model[0].parameters())]
+    if name == "frozen":
+        model[0].requires_grad_(False)
+    if name == "double":
+        model[0].double()
+        model.forward = lambda x: model[1](model[0](x.double()).float())  # type: ignore[method-assign]
+    for optimizer in made if name != "none" else ():
+        step(model, optimizer)
+    plan = plan_of(model, *made)
+    assert outlined(plan)
+    image = plan.image()
+    assert [t.data_ptr() for t in image.tensors] == [t.data_ptr() for t in walk_optimizers(made)[0].parts]
+    assert image.devices is plan._devices
+
+
+def test_a_plan_keeps_no_tensor_of_the_state_alive() -> None:
+    model, optimizer = trained()
+    plan, slot = plan_of(model, optimizer), Slot()
+    plan.digests(plan.tensors())
+    slot.fill(plan, 0)
+    kept = weakref.ref(optimizer.state[model[0].weight]["exp_avg"])
+    assert kept() is not None
+    optimizer.state[model[0].weight]["exp_avg"] = torch.zeros(4, 3)
+    gc.collect()
+    assert kept() is None and plan.is_current()
+
+
+def test_nothing_is_taken_for_the_tensor_whose_place_it_took() -> None:
+    """Objects that are freed and made again often get the same address, and so the same id."""
+    model, optimizer = trained()
+    plan, state = plan_of(model, optimizer), optimizer.state[model[0].weight]
+    for shape, current in (((4, 3), True), ((3, 4), False), ((4, 3), True)) * 20:
+        del state["exp_avg_sq"]
+        state["exp_avg_sq"] = torch.zeros(shape)
+        assert plan.is_current() is current

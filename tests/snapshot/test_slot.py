@@ -379,7 +379,8 @@ def test_copies_are_made_in_at_least_four_chunks(layers: int) -> None:
     filled = len(calls)
     assert (filled >= 3 if layers > 1 else filled == 1) and filled <= 16
     slot.restore(on_chunk=lambda: calls.append(1))
-    assert len(calls) == 2 * filled
+    restored = len(calls) - filled
+    assert (restored >= 3 if layers > 1 else restored == 1) and restored <= 16
 
 
 def test_refilling_allocates_nothing() -> None:

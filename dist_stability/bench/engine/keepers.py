@@ -60,7 +60,10 @@ class Keeper(ABC):
 
 
 class Slots(Keeper):
-    """Ours, as the guarded step uses it: check that the plan still fits, fill a free slot, make it the safe one."""
+    """Ours, as the guarded step uses it: fill a free slot, which checks the plan, and make it the safe one.
+
+    A judged step checks the plan once more, before its probe; that is in ``bench step``.
+    """
 
     def __init__(self, *args: Any) -> None:
         """A ring of two slots."""
@@ -71,7 +74,6 @@ class Slots(Keeper):
 
     def take(self) -> None:
         """Fill the slot that is not the safe one."""
-        assert self.plan.is_current()
         self._slot = self._ring.begin()
         self._slot.fill(self.plan, self._attempt)
         self._attempt += 1
@@ -79,8 +81,7 @@ class Slots(Keeper):
     def wait(self) -> None:
         """Until the slot is complete; then it is the safe one."""
         assert self._slot is not None
-        if hasattr(self._slot, "wait"):
-            self._slot.wait()
+        self._slot.wait()
         synchronize(self.device)
         self._slot.publish()
         self._ring.commit(self._slot)

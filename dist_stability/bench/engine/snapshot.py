@@ -14,7 +14,7 @@ from dist_stability.bench.engine.keepers import RIVALS, Keeper, make_keepers
 from dist_stability.bench.engine.states import GPU_SIZES, QUICK, SIZES, SMALL, Size, build
 from dist_stability.bench.engine.timing import interleave, ratio, summarize, synchronize
 from dist_stability.experiments.progress import Progress
-from dist_stability.snapshot import StatePlan
+from dist_stability.snapshot import Slot, StatePlan
 
 ROUNDS = 15
 QUICK_ROUNDS = 3
@@ -68,17 +68,19 @@ def measure(size: Size, device: torch.device, rounds: int) -> dict[str, Any]:
 def _parts(plan: StatePlan, device: torch.device) -> dict[str, Callable[[], dict[str, float]]]:
     """What ours is made of: each part alone."""
     live = plan.tensors()
-    copies = [torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda) for tensor in live]
+    digests = plan.digests(live)
+    slot = Slot()
 
-    def copied() -> None:
-        with torch.no_grad():
-            torch._foreach_copy_(copies, live, non_blocking=True)
+    def refill() -> None:
+        slot.fill(plan, 0, digests)
+        slot.wait()
 
+    refill()
     return {
         "check of the plan": partial(_cpu, plan.is_current, device),
-        "walk for the live tensors": partial(_cpu, plan.tensors, device),
-        "digests": partial(_cpu, partial(plan.digests, live), device),
-        "one foreach copy": partial(_cpu, copied, device),
+        "check and copy": partial(_cpu, refill, device),
+        "digests of the copy": partial(_cpu, slot.verify, device),
+        "digests of the live state": partial(_cpu, partial(plan.digests, live), device),
     }
 
 
