@@ -151,7 +151,7 @@ class Sums:
         places = [self._count] * len(tensors)
         for place, index in enumerate(order):
             places[index] = place
-        self._places = torch.tensor(places, dtype=torch.int64).to(self._home)
+        self._places = _integers(tuple(places), self._home)
 
     @torch.no_grad()
     def of(self, tensors: Sequence[torch.Tensor], out: torch.Tensor | None = None) -> torch.Tensor:
@@ -178,8 +178,9 @@ class Sums:
             result = _near(target, device)
             rows = _gather([tensors[i] for i in part.members], part, device) if part.rows is None else part.rows
             _add_up_rows(_padded(rows), result)
-            _deliver(result.mul_(_odd(_CHUNKS, 1, device)), target)
+            _deliver(result, target)
             place += len(part.members)
+        found[len(self._long) : place].mul_(_odd(_CHUNKS, 1, self._home))  # each is within the first chunk
         return torch.index_select(found, 0, self._places, out=out)
 
     def _split(
@@ -299,7 +300,7 @@ def _padded(rows: torch.Tensor) -> torch.Tensor:
 def _add_up_rows(rows: torch.Tensor, out: torch.Tensor) -> None:
     """sum_p w_p A(p) + (w_p >> 32) B(p) of each row of words."""
     device = rows.device
-    low, high = (_odd(start, CHUNK, device)[: rows.shape[1]] for start in (_LOW, _HIGH))
+    low, high = _tables(rows.shape[1], device)
     upper = _scratch("upper", rows.numel(), device).view(rows.shape)
     if device.type == "cpu":
         torch.bitwise_right_shift(rows, _HALF, out=upper)
@@ -378,6 +379,12 @@ def _signed(value: int) -> int:
 def _odd(start: int, count: int, device: torch.device) -> torch.Tensor:
     """``count`` consecutive odd multipliers of one of the ranges."""
     return _mixed(torch.arange(start, start + count, dtype=torch.int64, device=device))
+
+
+@lru_cache(maxsize=1024)
+def _tables(width: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """The multipliers of the first words of a chunk: A and B. Views of one table each."""
+    return _odd(_LOW, CHUNK, device)[:width], _odd(_HIGH, CHUNK, device)[:width]
 
 
 @lru_cache(maxsize=256)

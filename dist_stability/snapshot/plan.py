@@ -5,7 +5,7 @@ state and no address: ``image`` (and ``tensors``) look everything up in the opti
 or vanishes (Adam's moments at its first step), ``is_current`` is False and all ranks together make a new plan.
 
 Each look-up is also the check: one pass over parameters and state, along the pass that made the plan. No device work,
-no collective; measured on the CPU, 1,200 plain tensors take 0.25 ms (docs/performance.md).
+no collective; measured on the CPU, 1,200 plain tensors take 0.3 to 0.5 ms (docs/performance.md).
 
 A rank keeps its share of every entry that other ranks hold as well (:mod:`.share`), if the plan is made so: ``pieces``
 are what it keeps. Without that, and of what nobody else holds, a piece is a whole entry.
