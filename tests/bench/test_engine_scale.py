@@ -31,7 +31,7 @@ def planned(*cases: tuple[Any, ...]) -> list[dict[str, Any]]:
     return harness.pool(1).run(rows, list(cases), group=False)[0]
 
 
-def real(rank: int, world: int, mode: str) -> int:
+def real(rank: int, world: int, mode: str) -> tuple[int, int]:
     """Bytes of the plan of the same model with memory, on real ranks."""
     blocks, model = llama.blocks_and_model(TINY)
     if mode == "FSDP":
@@ -44,13 +44,16 @@ def real(rank: int, world: int, mode: str) -> int:
     for parameter in model.parameters():
         parameter.grad = torch.zeros_like(parameter)
     optimizer.step()
-    return StatePlan.build(model, [optimizer], world).nbytes
+    plan = StatePlan.build(model, [optimizer], world, split=True)
+    return plan.nbytes, plan.bytes_kept
 
 
 @pytest.mark.parametrize("mode", ["FSDP", "DDP"])
 def test_bytes_are_those_of_real_ranks(two: harness.Pool, mode: str) -> None:
     (row,) = planned((mode, 2, 50.0))
-    assert row["bytes_per_rank"] == max(two.run(real, mode))
+    everything, kept = zip(*two.run(real, mode), strict=True)
+    assert row["bytes_per_rank"] == max(everything)
+    assert abs(row["bytes_per_rank_split"] - max(kept)) <= 8
     assert row["shapes"] == {"FSDP": "fully_shard", "DDP": "as they are"}[mode]
 
 
