@@ -39,6 +39,8 @@ def reshard(model: nn.Module) -> None:
     the optimizer's handles. Enters no collective; does nothing for other models, and costs an all-gather in the next
     forward where FSDP had kept parameters gathered.
     """
+    if not _distributed():
+        return
     _fsdp1.reshard(model)
     _fsdp2.reshard(model)
 
@@ -50,7 +52,7 @@ def data_replica(model: nn.Module) -> tuple[int, int]:
         Index of this rank's data replica and the number of replicas. Tensor-parallel ranks of one replica share an
         index. (0, 1) in a single process.
     """
-    if not (dist.is_available() and dist.is_initialized()):
+    if not _distributed():
         return 0, 1
     for unit in _fsdp1.units(model):
         between = _fsdp1.replicas_group(unit)
@@ -74,6 +76,8 @@ def forward_groups(model: nn.Module) -> list[Any]:
 
     A group in which only the backward of an HSDP model communicates may be among them.
     """
+    if not _distributed():
+        return []
     found: dict[int, Any] = {}
     module = forward_module(model)
     for part in module.modules():
@@ -104,6 +108,10 @@ def describe(model: nn.Module) -> str:
     if any(tensor.device_mesh.ndim > data_dimensions for tensor in _dtensors(model)):
         parts.append("tp")
     return "+".join(parts) or "single"
+
+
+def _distributed() -> bool:
+    return dist.is_available() and dist.is_initialized()
 
 
 def _shards(model: nn.Module) -> bool:

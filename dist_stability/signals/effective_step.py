@@ -100,5 +100,7 @@ class EffectiveStep(Signal):
 
 def _sample(tensor: Tensor) -> Tensor:
     """At most about ``SAMPLE`` elements, evenly spread, as real numbers; a view where the layout allows."""
+    if tensor.numel() <= SAMPLE and not tensor.is_complex():
+        return tensor
     tensor = torch.view_as_real(tensor) if tensor.is_complex() else tensor
     return tensor.reshape(-1)[:: math.ceil(tensor.numel() / SAMPLE)]

@@ -71,7 +71,8 @@ class Gradients:
         parameter, as the Partial gradients of a layer under sequence parallelism are; every rank must then read this.
         No host sync, except for sparse gradients.
         """
-        return tuple(local_gradient(parameter) for _, parameter, _ in self.parameters)
+        with torch.no_grad():
+            return tuple(_local_gradient(parameter) for _, parameter, _ in self.parameters)
 
     @cached_property
     def squares(self) -> Tensor:
@@ -84,11 +85,13 @@ class Gradients:
         Collectives and host syncs: those of :attr:`local`.
         """
         with torch.no_grad():
-            lengths = norms([part for part in self.local if part is not None], self.device).unbind()
-            owned = iter(lengths)
-            everyone = [0.0 if part is None else next(owned) for part in self.local]
-            replicas = constants(self.device, [float(residence.replicas) for _, _, residence in self.parameters])
-            return row(self.device, *everyone).square_().div_(replicas)
+            lengths = norms([part for part in self.local if part is not None], self.device)
+            if len(lengths) < len(self.local):
+                owned = iter(lengths.unbind())
+                lengths = row(self.device, *[0.0 if part is None else next(owned) for part in self.local])
+            replicas = [float(residence.replicas) for _, _, residence in self.parameters]
+            squares = lengths.square_()
+            return squares if set(replicas) == {1.0} else squares.div_(constants(self.device, replicas))
 
     def forget(self) -> None:
         """Let go of the gradients, which are about to change; numbers that were computed from them stay."""
@@ -110,10 +113,17 @@ class Gradients:
 
 def local_gradient(parameter: Tensor) -> Tensor | None:
     """This rank's part of one parameter's gradient; see :attr:`Gradients.local`."""
-    if parameter.grad is None:
-        return None
     with torch.no_grad():
-        return _real(_dense(local(_placed(parameter))))
+        return _local_gradient(parameter)
+
+
+def _local_gradient(parameter: Tensor) -> Tensor | None:
+    gradient = parameter.grad
+    if gradient is None:
+        return None
+    if type(gradient) is Tensor and gradient.layout is torch.strided and gradient.dtype in _FOREACH_DTYPES:
+        return gradient  # nearly all of them: spare the questions
+    return _real(_dense(local(_placed(parameter))))
 
 
 def _checked_norm(value: object) -> Tensor:

@@ -13,6 +13,11 @@ BATCH_BYTES = 64 * 2**20
 
 def row(device: torch.device, *values: Tensor | float) -> Tensor:
     """Numbers and 0-d tensors of any device as one float64 vector on ``device``, without a host sync."""
+    if values and all(isinstance(value, Tensor) for value in values):
+        first = values[0]
+        kinds = {(value.device, value.dtype, value.shape, value.requires_grad) for value in values}  # type: ignore[union-attr]
+        if len(kinds) == 1 and first.dim() == 0 and not first.requires_grad:  # type: ignore[union-attr]
+            return torch.stack(values).to(device, torch.float64, non_blocking=True)  # type: ignore[arg-type]
     # A number becomes an argument of the kernel that fills it in; a copy of it would wait for the device.
     parts = [
         value.detach().reshape(()).to(device, torch.float64, non_blocking=True)
