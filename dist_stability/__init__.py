@@ -10,10 +10,12 @@ from .controller import StabilityController
 from .errors import LockstepError, SnapshotError, StabilityError, StabilityStop
 from .guards import GradientNormGuard, NonFiniteGuard
 from .measured_cadence import MeasuredCadence
+from .resume import Resumed
 from .rules import FixedInnovation, PredictiveInnovation
 from .rules.trend import SlowDivergence
 from .rungs import Escalation
 from .signals import LossProbe
+from .snapshot.tiers.shared_memory import SharedMemory
 from .verdict import Action, Judgement, Verdict
 
 __all__ = [
@@ -28,6 +30,8 @@ __all__ = [
     "MeasuredCadence",
     "NonFiniteGuard",
     "PredictiveInnovation",
+    "Resumed",
+    "SharedMemory",
     "SlowDivergence",
     "SnapshotError",
     "StabilityController",

@@ -25,6 +25,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import math
+import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from types import TracebackType
@@ -50,14 +51,23 @@ from .measured_cadence import MeasuredCadence
 from .measuring import Measuring
 from .recovery import Recovery
 from .replay import Replay
+from .resume import Persistence, Resumed
 from .rules import Guarantees, PredictiveInnovation, Rule, settings_of
 from .rules.panel import Panel, Trend
 from .rules.trend import SlowDivergence
 from .rungs import Escalation, Rung
 from .settlement import Outcome, Settlement
 from .signals import Gradients, JudgedPeriod, LossProbe, Monitor, Signal, SignalValues, StepContext, host_values
+from .snapshot.tiers.shared_memory import SharedMemory
 from .startup import agree_on_replicas, agree_on_settings, make_vote, world_of
-from .validation import check_not_fused_into_backward, check_optimizers, check_parts, check_scaler, check_settings
+from .validation import (
+    check_not_fused_into_backward,
+    check_optimizers,
+    check_parts,
+    check_persist,
+    check_scaler,
+    check_settings,
+)
 from .verdict import Action, Verdict
 from .veto import VetoStage
 from .vote import bits
@@ -106,6 +116,7 @@ class StabilityController:
             cannot continue from them.
         reload: Loads the last persisted state in place (model, optimizer and everything else the loop resumes from),
             on all ranks together; returns the attempt it belongs to, or None. The ladder's last rung before a stop.
+        persist: Keep the snapshots where they outlive the process: :meth:`resume` of a restarted one finds them.
         on_event: Called on every rank with one dict for each attempt; deferred ones follow at the next step.
 
     Use it as a context manager around the loop: an exception in the loop then leaves the other ranks a note that says
@@ -149,6 +160,7 @@ class StabilityController:
         replica_check_every: int = 1,
         split_replicas: bool | None = None,
         shadow: bool = False,
+        persist: SharedMemory | None = None,
         on_event: Callable[[dict[str, Any]], None] | None = None,
     ) -> None:
         """Check the arguments, agree on them with the other ranks, measure y(theta_0), take the first snapshot."""
@@ -159,6 +171,7 @@ class StabilityController:
         check_settings(
             every, mode, probe_on, timeout, replica_check_every, anchors, escalation, decision, split_replicas, shadow
         )
+        check_persist(persist, mode)
         self.model, self.rule, self.mode, self.decision = model, rule, mode, decision
         self._deferred = decision == "deferred"
         self.cadence = _cadence(every)
@@ -179,7 +192,21 @@ class StabilityController:
         kept = anchors if self._panel.supports_deep else 0
         world = len(world_of(process_group))
         shadows = (2 if self._deferred else 1) if shadow and self._enforced else 0
-        self._recovery = Recovery(model, optimizers, self._extra_state, world, kept, self._phases, self._split, shadows)
+        self._persistence = None if persist is None else Persistence(persist, self._extra_state)
+        self._recovery = Recovery(
+            model,
+            optimizers,
+            self._extra_state,
+            world,
+            kept,
+            self._phases,
+            self._split,
+            shadows,
+            source=None if self._persistence is None else self._persistence.shelf,
+            spare=1 if self._deferred and self._persistence is not None else 0,
+        )
+        if self._persistence is not None:
+            self._persistence.join(model, optimizers, self._recovery, self._phases)
         self._measuring = Measuring(model, probe, probe_on, confirm)
         self._rates = RateCut(optimizers)
         self._said_rate: float | None = None
@@ -191,11 +218,14 @@ class StabilityController:
         self._hooks: OptimizerHooks | None = None
         self._withheld: list[tuple[torch.Tensor, torch.Tensor | None]] = []
         self._replay: Replay | None = None
+        self._replayed: Mapping[str, Any] | None = None
         self._closed = False
 
         # From here on other ranks are involved.
         device = parallel.local(optimizers[0].param_groups[0]["params"][0]).device
         self._vote, self._phases.watch = make_vote(process_group, device, self._timeout)
+        if self._persistence is not None:
+            self._persistence.vote = self._vote
         self._veto = VetoStage(guards, optimizers, self._vote, self._phases)
         # In observe mode nothing is ever restored, so nothing needs to be captured.
         heard = (model, parallel.forward_module(model)) if self._enforced else ()
@@ -230,6 +260,8 @@ class StabilityController:
                 agree_on_settings(self._vote, self._settings())
                 self._start()
         except BaseException:
+            if self._persistence is not None:
+                self._persistence.shelf.discard()
             self.close()
             raise
 
@@ -324,6 +356,36 @@ class StabilityController:
         with self._noted():
             return self._settle_pending(last=True)
 
+    def resume(self, scaler: torch.amp.GradScaler | None = None) -> Resumed:
+        """Go on from where an earlier process of this job stopped, if it died. Needs ``persist``.
+
+        Call it on all ranks after construction and before the first batch is fetched, with model, optimizers and the
+        rest made as in the first start. It restores the newest moment that every rank has and whose digests are right
+        everywhere: parameters, optimizer state, buffers, learning rates, ``extra_state``, the scaler, and the
+        controller's own counters and memory; the random streams follow at the first training forward. A loader with
+        ``state_dict`` that is given to :meth:`batches` is put to its place there; other loops skip what was trained on.
+
+        Args:
+            scaler: The GradScaler of the loop, if there is one.
+
+        Returns:
+            Where the loop goes on, and one line that says what was chosen and why; false if there was nothing.
+
+        Collectives: a few gathers, two votes, and the broadcasts of the shares if ranks share state.
+
+        Raises:
+            RuntimeError: Without ``persist``, or too late.
+            LockstepError: The restore failed half-way on some rank.
+        """
+        if self._persistence is None:
+            raise RuntimeError(
+                "resume(): nothing was kept; give the controller persist=SharedMemory(...) in every start"
+            )
+        if self._closed or self._ledger.attempt or self._first_forward.captured:
+            raise RuntimeError("resume(): call it right after construction, before the first training forward")
+        with self._noted():
+            return self._persistence.resume(self._continue, check_scaler(scaler))
+
     def add_phase_listener(self, listener: PhaseListener) -> None:
         """Call ``listener(attempt, phase)`` at each phase of an attempt; for fault injection and tracing.
 
@@ -336,7 +398,11 @@ class StabilityController:
 
         Without it, thread and group end with the process (an NCCL group as torch ends it).
         A verdict that is pending is given up, with a warning: call :meth:`finish` first.
+        What ``persist`` kept is removed, unless an exception is being handled: then it is left for :meth:`resume`.
         """
+        self._close(failed=False)
+
+    def _close(self, failed: bool) -> None:
         if self._closed:
             return
         self._closed = True
@@ -348,6 +414,9 @@ class StabilityController:
             self._hooks = None
         self._first_forward.close()
         self._recovery.close()
+        if self._persistence is not None:
+            # With an exception under way this is no clean end: what was sealed is for the process that comes after.
+            self._persistence.shelf.close(keep=failed or sys.exc_info()[1] is not None)
         self._vote.close()
 
     def __enter__(self) -> StabilityController:
@@ -370,7 +439,7 @@ class StabilityController:
             finally:
                 self.close()
         self._pending = None  # an exception: the other ranks may be anywhere
-        self.close()
+        self._close(failed=error is not None)
         if lost is not None:
             raise lost from error
 
@@ -396,7 +465,8 @@ class StabilityController:
             return iter(loader)
         if self._replay is None:
             finish = self.finish if self._deferred else None
-            self._replay = Replay(BatchWindow(max_bytes), self.cadence.most, finish)
+            self._replay = Replay(BatchWindow(max_bytes), self.cadence.most, finish, self._persistence is not None)
+            self._replay.load(self._replayed)
         elif self._replay.window.max_bytes != max_bytes:
             raise ValueError(
                 f"batches(max_bytes={max_bytes}): an earlier loop of this controller was given "
@@ -425,6 +495,9 @@ class StabilityController:
                 f"model before this call is the refused state. Call finish() before saving anything.",
                 stacklevel=2,
             )
+        return self._memory()
+
+    def _memory(self) -> dict[str, Any]:
         return {
             **self._ledger.state_dict(),
             "panel": self._panel.state_dict(),
@@ -445,6 +518,19 @@ class StabilityController:
         if question is not None:
             self._vote.finish(question.reduction, question.attempt.index)
             self._recovery.drop()
+        self._take_memory(state)
+        self._recovery.mark_stale()
+        self._first_forward.arm()
+
+    def _continue(self, memory: Mapping[str, Any], replay: Mapping[str, Any] | None, key: tuple[int, int, int]) -> None:
+        """Take over what an earlier process knew; ``key`` is the moment, equal on all ranks."""
+        self._take_memory(memory)
+        self._ledger.loaded = hash(key)
+        self._replayed = replay
+        if self._replay is not None:
+            self._replay.load(replay)
+
+    def _take_memory(self, state: Mapping[str, Any]) -> None:
         guards = self._veto.guards
         if len(state["guards"]) != len(guards):
             raise ValueError(f"guards: the checkpoint has {len(state['guards'])}, this controller {len(guards)}")
@@ -459,8 +545,6 @@ class StabilityController:
         self._phases.attempt = self._ledger.attempt
         if self._replay is not None:
             self._replay.forget()
-        self._recovery.mark_stale()
-        self._first_forward.arm()
 
     # ------------------------------------------------------------------ construction
 
@@ -477,6 +561,7 @@ class StabilityController:
             "anchors": self._anchors,
             "split_replicas": self._split,
             "shadow": self._shadow,
+            "persist": self._persistence is not None,
             "reload": self._reloadable,
             **self._panel.settings(),
             "guards": [settings_of(guard) for guard in self._veto.guards],
@@ -510,12 +595,20 @@ class StabilityController:
         self._panel.start(tally.measurement, second)
         if self._enforced:
             self._recovery.commit(plan, -1, tally.measurement)
+        if self._persistence is not None:
+            self._persistence.mark()
         self._phases.enter("training")
 
     # ------------------------------------------------------------------ one attempt
 
     def _capture_forward(self) -> None:
         self._recovery.capture_forward(self._ledger.attempt, bool(self._ledger.pending))
+
+    def _await_forward(self) -> None:
+        """The attempt is over, and the loop goes on to fetch what comes next."""
+        self._first_forward.arm()
+        if self._persistence is not None:
+            self._persistence.mark()
 
     def _open_attempt(self, grad_norm: Any = None, scaler: Any = None, loss: Any = None) -> Attempt:
         """Everything before the optimizer runs."""
@@ -539,6 +632,9 @@ class StabilityController:
         self._look_at_rates(attempt)
         if self._enforced:
             self._recovery.capture_entry(scaler, bool(self._ledger.pending))
+            if self._persistence is not None and not self._ledger.pending:
+                seen = None if self._replay is None else self._replay.export()
+                self._persistence.seal(index, self._ledger.history, self._memory(), seen)
         with attempt.timed("guards"):
             self._veto.look(attempt)
             if self._enforced:
@@ -622,7 +718,7 @@ class StabilityController:
         self._ledger.provisional()
         verdict = Verdict(Action.COMMIT, attempt.index, final=False, reason="provisional: read at the next step")
         self._verdict = verdict
-        self._first_forward.arm()
+        self._await_forward()
         self._phases.enter("done")
         if self._replay is not None:
             self._replay.settle(verdict)
@@ -713,7 +809,7 @@ class StabilityController:
         )
         self._verdict = verdict
         if not begun:
-            self._first_forward.arm()
+            self._await_forward()
             self._phases.enter("done")
         chosen = self._record_cadence(attempt, verdict, decision)
         if self._replay is not None and attempt.provisional:

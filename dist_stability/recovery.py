@@ -26,7 +26,19 @@ from . import parallel
 from .attempt import Attempt, Phases, one_line
 from .errors import LockstepError, SnapshotError
 from .rules import Guarantees
-from .snapshot import Copier, Digests, EntryState, ForwardState, Image, Shadow, Slot, SlotRing, StatePlan
+from .snapshot import (
+    Copier,
+    Digests,
+    EntryState,
+    ForwardState,
+    Image,
+    Memory,
+    RandomState,
+    Shadow,
+    Slot,
+    SlotRing,
+    StatePlan,
+)
 from .vote import Ballot, Tally, Vote
 
 
@@ -42,6 +54,8 @@ class Recovery:
         phases: Of this controller.
         split: Keep a share of what other ranks hold as well.
         shadows: How many copies to keep on the device: 2 where one may be of a state that is not safe yet.
+        source: Where the memory of the slots comes from.
+        spare: Slots beyond the safe one, the anchors and the one that is filled.
     """
 
     def __init__(
@@ -54,6 +68,8 @@ class Recovery:
         phases: Phases,
         split: bool = False,
         shadows: int = 0,
+        source: Memory | None = None,
+        spare: int = 0,
     ) -> None:
         """Make the plan; copies nothing yet.
 
@@ -67,7 +83,7 @@ class Recovery:
         self._phases = phases
         self._split = split
         self.plan = self.build_plan()
-        self.ring = SlotRing(anchors, Copier())
+        self.ring = SlotRing(anchors, Copier(), spare, source)
         self._shadows = [Shadow() for _ in range(shadows)]
         # What an attempt that follows unjudged ones would be undone to by a veto; a rollback goes further back.
         self._scratch = ForwardState(model)
@@ -75,6 +91,7 @@ class Recovery:
         self._entry: EntryState | None = None
         self._held: Slot | None = None
         self._stale = False
+        self._resumed: RandomState | None = None
 
     def build_plan(self) -> StatePlan:
         """A plan of the state as it is now."""
@@ -97,6 +114,8 @@ class Recovery:
         if self._stale:
             self.adopt(attempt - 1)
             self._stale = False
+        if self._resumed is not None:
+            self._resumed.restore()
         if pending and self._held is None:
             self._forward = self._scratch
         else:
@@ -108,6 +127,7 @@ class Recovery:
 
     def capture_entry(self, scaler: Any, pending: bool) -> None:
         """On entry of ``step()``."""
+        self._resumed = None
         self._entry = EntryState.capture(self._optimizers, scaler, self._extra_state)
         if not pending:
             self.ring.safe.entry = self._entry
@@ -118,6 +138,18 @@ class Recovery:
         self.plan = self.build_plan()
         self.ring.reset()
         self.commit(self.plan, attempt)
+
+    def resumed(self, attempt: int, measurement: float | None, random: RandomState) -> None:
+        """The state of an earlier process stands: it is the committed one.
+
+        Args:
+            attempt: Whose commit it is.
+            measurement: What the probe measured of it then.
+            random: Where the random streams are to be when the next training forward begins.
+        """
+        self.adopt(attempt)
+        self.ring.safe.measurement = measurement
+        self._stale, self._resumed = False, random
 
     def proposal(self) -> tuple[StatePlan, Image]:
         """The plan that fits the proposal (a new one if state tensors appeared or vanished), and its image."""

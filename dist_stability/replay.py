@@ -20,8 +20,9 @@ it fetches batches that are replayed later is outside the promise: give it, or i
 
 from __future__ import annotations
 
+import copy
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Generic, TypeVar
 
@@ -99,6 +100,15 @@ class ReplayQueue(Generic[T]):
     def current(self) -> Group[T] | None:
         """The group under way: it has no verdict yet."""
         return self._current
+
+    @property
+    def count(self) -> int:
+        """Groups that came from loaders."""
+        return self._groups
+
+    def resume(self, consumed: int, count: int, waiting: Iterable[Group[T]]) -> None:
+        """Go on from another process: so many batches and groups came from loaders, and some are to be shown again."""
+        self.consumed, self._groups, self._waiting = consumed, count, deque(waiting)
 
     @property
     def newest_held(self) -> Group[T] | None:
@@ -284,12 +294,19 @@ class Replay:
         window: Keeps the batches.
         most: Attempts from one judged attempt to the next, at most.
         finish: Reads the verdict of the last attempt, if that is deferred: called when a loader is at its end.
+        follows: Note where a loader with ``state_dict`` is, for :meth:`export`.
     """
 
-    def __init__(self, window: BatchWindow, most: int, finish: Callable[[], object] | None = None) -> None:
+    def __init__(
+        self, window: BatchWindow, most: int, finish: Callable[[], object] | None = None, follows: bool = False
+    ) -> None:
         """Nothing was fetched yet."""
         self.window = window
         self._finish = finish
+        self._follows = follows
+        self._loader: Any = None
+        self._position: Any = None  # of the loader, before the group under way was fetched
+        self._wanted: Any = None  # where the next loader is to be put
         self.queue: ReplayQueue[KeptBatch] = ReplayQueue(most)
 
     def batches(self, loader: Iterable[Any], accumulate: int = 1) -> Iterator[Any]:
@@ -362,15 +379,57 @@ class Replay:
         self.queue.consumed = consumed
         self._retain()
 
+    def export(self) -> dict[str, Any]:
+        """What another process needs to show the same from the group under way on: plain data and batches.
+
+        Called when nothing is held: on entry of a ``step()`` after a judged verdict.
+        """
+        queue, current = self.queue, self.queue.current
+        again = [group for group in queue.groups if group.replayed or group is not current]
+        fetched = 0 if current is None or current.replayed else len(current.batches)
+        return {
+            "consumed": queue.consumed - fetched,
+            "groups": queue.count - (fetched > 0),
+            "again": [(group.number, group.retried, [batch.restore() for batch in group.batches]) for group in again],
+            "loader": self._position if fetched else self._where(),
+        }
+
+    def load(self, saved: Mapping[str, Any] | None) -> None:
+        """Go on from what :meth:`export` gave in another process; before any loop begins. None: from the beginning."""
+        if saved is None:
+            return
+        self.queue = ReplayQueue(self.queue.most)
+        groups = [
+            Group(number, [self.window.keep(batch) for batch in batches], retried=retried)
+            for number, retried, batches in saved["again"]
+        ]
+        self.queue.resume(saved["consumed"], saved["groups"], groups)
+        self._wanted = saved["loader"]
+
+    def _where(self) -> Any:
+        follows = self._follows and hasattr(self._loader, "state_dict")
+        return copy.deepcopy(self._loader.state_dict()) if follows else None
+
     def _iterate(self, loader: Iterable[Any], accumulate: int) -> Iterator[Any]:
         self.queue.begin(accumulate)
         self._retain()
+        self._loader = loader
+        if self._wanted is not None:
+            wanted, self._wanted = self._wanted, None
+            if not hasattr(loader, "load_state_dict"):
+                raise TypeError(
+                    f"batches(): the run that is resumed had a loader with a state_dict, but this "
+                    f"{type(loader).__name__} has no load_state_dict; give the same kind of loader"
+                )
+            loader.load_state_dict(wanted)
         source = iter(loader)
         taken, ended = 0, False
         while True:
             if self.queue.replaying:
                 yield from self._show_again()
                 continue
+            if self.queue.current is None:
+                self._position = self._where()
             batch = _END if ended else next(source, _END)
             if batch is _END:
                 ended = True

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
+import os
 from collections.abc import Mapping, Sequence
 from datetime import timedelta
 from typing import Any
@@ -45,7 +46,9 @@ def make_vote(group: dist.ProcessGroup | None, device: torch.device, timeout: fl
         device = torch.device("cuda", torch.cuda.current_device())  # offloaded parameters are on the CPU
     # There is no public way to the store that init_process_group made or was given.
     store = dist.distributed_c10d._get_default_store()
-    watch = Watch(store, f"dist_stability/{next(_controllers)}", dist.get_rank(), ranks, timeout)
+    # torchrun may hand the same store to the workers it starts again, with the notes of those that died.
+    start = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    watch = Watch(store, f"dist_stability/{start}/{next(_controllers)}", dist.get_rank(), ranks, timeout)
     vote = Vote(mine, ranks, dist.get_rank(), device, timeout, watch)
     close_at_exit(vote)
     return vote, watch

@@ -13,6 +13,7 @@ from .cadence import Cadence
 from .rules import Rule
 from .rungs import Escalation
 from .signals import LossProbe
+from .snapshot.tiers.shared_memory import SharedMemory
 
 MODES = ("enforce", "observe")
 PROBE_ON = ("rank0", "mean")
@@ -141,6 +142,21 @@ def check_settings(
         )
     if isinstance(timeout, bool) or not isinstance(timeout, (int, float)) or not timeout > 0:
         raise ValueError(f"timeout: expected seconds above 0, got {timeout!r}")
+
+
+def check_persist(persist: Any, mode: str) -> None:
+    """Where the snapshots are kept.
+
+    Raises:
+        TypeError: No SharedMemory.
+        ValueError: In observe mode there are none.
+    """
+    if persist is None:
+        return
+    if not isinstance(persist, SharedMemory):
+        raise TypeError(f"persist: expected SharedMemory(...) or None, got {_kind(persist)}")
+    if mode != "enforce":
+        raise ValueError(f"persist: mode={mode!r} takes no snapshots, so there is nothing to keep; leave it out")
 
 
 def check_scaler(scaler: Any) -> Any:

@@ -18,6 +18,8 @@ from dist_stability.experiments.tasks import TASKS, TEXT_TASKS
 from dist_stability.testing import FaultInjector
 
 PARALLEL = ("single", "ddp", "fsdp1", "fsdp2", "hsdp")
+PERSIST = ("no", "shm")
+RESUME = ("no", "auto")
 RULES = ("predictive", "fixed", "loss-rollback", "off")
 ADAPTIVE = "adaptive"
 
@@ -61,6 +63,8 @@ class Options:
     data: Path | None
     out: Path
     timeout: float
+    persist: str
+    resume: str
     state_digest: bool
     parameter_norm: bool
 
@@ -181,6 +185,11 @@ def _problems(v: argparse.Namespace, world: int, launched: bool) -> list[str]:
     )
     refuse(v.decision == "deferred" and v.rule == "off", "--decision deferred: needs a rule that decides")
     refuse(v.observe and v.rule == "off", "--observe: needs a rule to observe with, not --rule off")
+    refuse(
+        v.persist != "no" and (v.rule == "off" or v.observe),
+        f"--persist {v.persist}: needs a rule that takes snapshots, not --rule off or --observe",
+    )
+    refuse(v.resume != "no" and v.persist == "no", f"--resume {v.resume}: needs --persist shm, in every start")
     refuse(v.zclip and v.clip_grad_norm > 0, "--zclip: excludes --clip-grad-norm, which clips the same gradients")
     refuse(v.zclip and v.rule != "off", f"--zclip: clips instead of refusing, so it needs --rule off, not {v.rule}")
     refuse(v.dropout > 0 and v.task not in TEXT_TASKS, f"--dropout: the model of --task {v.task} has none")
@@ -299,6 +308,18 @@ def _parser() -> argparse.ArgumentParser:
     guard.add_argument("--probe-on", choices=("rank0", "mean"), default="rank0", help="whose probe loss counts")
     guard.add_argument("--probe-size", type=at_least_one, default=64, help="held-out examples in the probe")
     guard.add_argument("--timeout", type=positive, default=60.0, metavar="SECONDS", help="longest wait for a rank")
+    guard.add_argument(
+        "--persist",
+        choices=PERSIST,
+        default="no",
+        help="shm: keep the snapshots in shared memory, where a restarted process finds them",
+    )
+    guard.add_argument(
+        "--resume",
+        choices=RESUME,
+        default="no",
+        help="auto: go on from the newest state that all ranks find in shared memory; from the start if there is none",
+    )
 
     trial = parser.add_argument_group("trials")
     trial.add_argument(

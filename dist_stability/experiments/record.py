@@ -16,7 +16,7 @@ from dist_stability.errors import LockstepError, StabilityStop
 from dist_stability.experiments.options import Options
 from dist_stability.experiments.tasks import Task
 from dist_stability.experiments.wrapping import Processes
-from dist_stability.report.events import EventLog, write_json
+from dist_stability.report.events import EventLog, read_events, write_json
 from dist_stability.report.runs import REFUSALS
 from dist_stability.report.versions import source_digest, versions
 
@@ -45,7 +45,7 @@ class RunRecorder:
         model: nn.Module,
         parameter_norm: Callable[[], float] | None = None,
     ) -> None:
-        """Open ``events.jsonl``; a summary of an earlier run in the same folder is removed."""
+        """Open ``events.jsonl``; what an earlier run left in the same folder is removed, unless it may be resumed."""
         self._options, self._writes, self._parameter_norm = options, here.rank == 0, parameter_norm
         self.probe = math.nan
         self._batch = -1
@@ -74,8 +74,12 @@ class RunRecorder:
             "source": source_digest(),
         }
         self._log: EventLog | None = None
+        self._earlier: list[dict[str, Any]] = []
         if self._writes:
-            self._log = EventLog(options.out / "events.jsonl")
+            path = options.out / "events.jsonl"
+            resumes = options.resume != "no" and path.exists()
+            self._earlier = read_events(path) if resumes else []
+            self._log = EventLog(path, again=self._earlier)
             (options.out / "summary.json").unlink(missing_ok=True)
 
     def begin_batch(self, number: int, attempt: int | None = None) -> None:
@@ -84,8 +88,27 @@ class RunRecorder:
         if attempt is not None:
             self._batch_of[attempt] = number
 
+    def resume(self, attempt: int) -> None:
+        """Take over the events of an earlier start, up to an attempt; the log has them again."""
+        earlier, self._earlier = self._earlier, []
+        for event in earlier:
+            if event["attempt"] < attempt:
+                self.begin_batch(event["batch"], event["attempt"])
+                self._learn(event)
+        if self._log is not None:
+            self._log.rewrite(event for event in earlier if event["attempt"] < attempt)
+
     def event(self, event: dict[str, Any]) -> None:
         """Take one event from the controller."""
+        batch = self._learn(event)
+        written = {**event, "batch": batch, "probe": self.probe}
+        if self._parameter_norm is not None:
+            written["parameter_norm"] = self._parameter_norm()
+        if self._log is not None:
+            self._log.append(written)
+
+    def _learn(self, event: dict[str, Any]) -> int:
+        """What the summary will say of it; the batch it is about."""
         batch = self._batch_of.setdefault(event["attempt"], self._batch)
         undone = event["undone"]
         if not event.get("final", True):
@@ -115,11 +138,7 @@ class RunRecorder:
         self.probe = self._committed[-1][1] if self._committed else math.nan
         self._batches.append(batch)
         self._series.append(self.probe)
-        written = {**event, "batch": batch, "probe": self.probe}
-        if self._parameter_norm is not None:
-            written["parameter_norm"] = self._parameter_norm()
-        if self._log is not None:
-            self._log.append(written)
+        return batch
 
     def finish(self, *, evaluation: float | None = None, error: BaseException | None = None) -> None:
         """Write the summary.

@@ -33,6 +33,8 @@ from dist_stability import (
     LossProbe,
     NonFiniteGuard,
     PredictiveInnovation,
+    Resumed,
+    SharedMemory,
     StabilityController,
 )
 from dist_stability.errors import LockstepError, StabilityError
@@ -75,7 +77,7 @@ class Job:
     parameters: list[nn.Parameter]
     scheduler: LambdaLR
     loss_fn: LossFn
-    batches: Callable[[], Iterator[tuple[int, list[Batch]]]]
+    batches: Callable[[int], Iterator[tuple[int, list[Batch]]]]
     clip: Callable[[], float | Tensor | None]
     injector: FaultInjector
 
@@ -83,7 +85,12 @@ class Job:
 def train(job: Job, controller: Controller, record: RunRecorder, progress: Progress) -> None:
     """The loop. Everything a guarded loop needs is the line with ``controller.step``."""
     model, optimizer, scheduler = job.model, job.optimizer, job.scheduler
-    for attempt, (number, micro_batches) in enumerate(controller.batches(job.batches())):
+    start = Resumed(0, 0, "", "")
+    if job.options.resume != "no" and isinstance(controller, StabilityController):
+        start = controller.resume()
+        record.resume(start.attempt)
+        progress.note(start.line)
+    for attempt, (number, micro_batches) in enumerate(controller.batches(job.batches(start.batches)), start.attempt):
         record.begin_batch(number, attempt)
         for batch in micro_batches:
             loss = job.loss_fn(model, job.injector.batch(attempt, batch)) / len(micro_batches)
@@ -123,7 +130,7 @@ def run(options: Options, task: Task, here: Processes) -> int:
         loss_fn=autocast(cross_entropy, options.parallel, dtype=_dtype(options), device=here.device),
         batches=_batches(options, task, here.device, index, count),
         clip=_clip(options, model, parameters),
-        injector=FaultInjector.parse(options.inject),
+        injector=_injector(options),
     )
     norm = GlobalNorm(model, parameters).of_parameters if options.parameter_norm else None
     record = RunRecorder(options, task, here, model, norm)
@@ -202,11 +209,18 @@ def _controller(job: Job, task: Task, record: RunRecorder) -> Controller:
         decision=options.decision,
         probe_on=options.probe_on,
         timeout=options.timeout,
+        persist=SharedMemory() if options.persist == "shm" else None,
         on_event=record.event,
         **(ALONE if options.rule in ("fixed", "loss-rollback") else {}),
     )
     job.injector.attach(controller)
     return controller
+
+
+def _injector(options: Options) -> FaultInjector:
+    """The faults; what killed a process once does not kill the one that torchrun starts in its place."""
+    injector = FaultInjector.parse(options.inject)
+    return injector.spare_the_process() if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) else injector
 
 
 def _rule(options: Options) -> Rule:
@@ -232,14 +246,17 @@ def _probe(job: Job, batches: list[Batch]) -> LossProbe:
 
 def _batches(
     options: Options, task: Task, device: torch.device, index: int, count: int
-) -> Callable[[], Iterator[tuple[int, list[Batch]]]]:
-    """The batches of the run, numbered, each as the micro-batches of this data replica."""
+) -> Callable[[int], Iterator[tuple[int, list[Batch]]]]:
+    """The batches of the run after the first so many, numbered, each as the micro-batches of this data replica."""
     order = BatchOrder(
         len(task.train), options.batch_size, seed=options.seed, index=index, count=count, accumulate=options.accumulate
     )
 
-    def batches() -> Iterator[tuple[int, list[Batch]]]:
+    def batches(seen: int) -> Iterator[tuple[int, list[Batch]]]:
         for number in range(options.steps):
+            if number not in options.skip_batches and seen:
+                seen -= 1
+                continue
             micro_batches = [_to(task.train.batch(indices), device) for indices in order.micro_batches(number)]
             if number not in options.skip_batches:  # else fetched and dropped: what the golden twin does
                 yield number, micro_batches

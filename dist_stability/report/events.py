@@ -46,6 +46,10 @@ def from_json(value: Any) -> Any:
     return value
 
 
+def _line(event: Mapping[str, Any]) -> str:
+    return json.dumps(to_json(event), allow_nan=False, separators=(",", ":")) + "\n"
+
+
 def write_json(path: Path, value: Mapping[str, Any]) -> None:
     """Write a summary as strict JSON; a reader never sees half of it, even if several processes write."""
     partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
@@ -64,21 +68,36 @@ class EventLog:
 
     Args:
         path: The file. A log that is there already is replaced: one log is one run.
+        again: Events that it begins with.
     """
 
-    def __init__(self, path: Path) -> None:
-        """Create the folder and the empty file."""
+    def __init__(self, path: Path, again: Iterable[Mapping[str, Any]] = ()) -> None:
+        """Create the folder and the file."""
         path.parent.mkdir(parents=True, exist_ok=True)
-        self._file: IO[str] = path.open("w", encoding="utf-8")
+        self._path = path
+        self._file: IO[str] | None = None
+        self.rewrite(again)
+
+    def rewrite(self, events: Iterable[Mapping[str, Any]]) -> None:
+        """Replace what is in the file by these events; a process that dies meanwhile leaves the one or the other."""
+        self.close()
+        partial = self._path.with_name(f"{self._path.name}.partial")
+        partial.write_text("".join(map(_line, events)), encoding="utf-8")
+        partial.replace(self._path)
+        self._file = self._path.open("a", encoding="utf-8")
 
     def append(self, event: Mapping[str, Any]) -> None:
         """Write one event as one line and flush it."""
-        self._file.write(json.dumps(to_json(event), allow_nan=False, separators=(",", ":")) + "\n")
+        if self._file is None:
+            raise ValueError(f"{self._path}: the log is closed")
+        self._file.write(_line(event))
         self._file.flush()
 
     def close(self) -> None:
         """Close the file. Idempotent."""
-        self._file.close()
+        if self._file is not None:
+            self._file.close()
+            self._file = None
 
     def __enter__(self) -> EventLog:
         """Use as a context manager."""

@@ -4,7 +4,7 @@
 :class:`ForwardState` and :class:`EntryState` hold what is not in tensors of the plan. Nothing here enters a collective.
 """
 
-from .arena import Arena
+from .arena import Arena, Memory
 from .buffers import BufferCopies
 from .copier import Copier, HostWork
 from .digest import digest
@@ -25,6 +25,7 @@ __all__ = [
     "ForwardState",
     "HostWork",
     "Image",
+    "Memory",
     "RandomState",
     "Shadow",
     "Slot",

@@ -8,6 +8,9 @@ Shared and not private, because of ``fork`` (data loaders): pages of a private r
 the first fill after it, and the old ones kept as long as any child lives. A child sees the same pages and leaves them
 alone. Page-locking belongs to the process that did it.
 
+A region may lie in a file instead (tiers/shared_memory.py), and then outlives the process. Its first page is not part
+of the data: it holds a mark and the number of the fill the data is of, which moves on before a fill writes anything.
+
 A tensor that views the region keeps it mapped: :meth:`Arena.close` gives back the page-locking at once, and the memory
 goes with the last such tensor. Nothing is left dangling.
 """
@@ -35,6 +38,12 @@ LOCK_CHUNK = 1 << 30
 """Bytes page-locked in one call: a single call for everything would hold up other users of the driver for seconds. No
 copy may cross from one such chunk to the next (layout.py cuts them there)."""
 
+HEAD = mmap.PAGESIZE
+"""Bytes before the data of a region in a file."""
+
+MARK = b"DSTSLOT1"
+"""What such a file begins with; then the number of the fill, 8 bytes, lowest first."""
+
 _PAGE = mmap.PAGESIZE
 _POPULATE_WRITE = 23  # MADV_POPULATE_WRITE, Linux 5.14
 _SHARE = 256 << 20  # bytes worth a thread of their own when pages are made
@@ -48,44 +57,114 @@ class Arena:
     Attributes:
         data: Its bytes, uint8; exactly as many as were asked for.
         nbytes: Bytes held: those of ``data``, rounded up to whole pages.
+        path: The file it lies in, if any. Removing that is left to whoever named it.
         pinned: Page-locked.
         why_pageable: Why page-locking failed, if it did.
     """
 
-    def __init__(self, nbytes: int, device: torch.device | None = None) -> None:
+    def __init__(self, nbytes: int, device: torch.device | None = None, path: Path | None = None) -> None:
         """Reserve the region, make its pages, and page-lock them.
 
         Args:
             nbytes: Bytes needed, >= 0.
             device: The CUDA device it is page-locked for; None for pageable memory.
+            path: A file to be made for it; None for memory without a name.
 
         Raises:
             SnapshotError: There is not that much memory.
         """
         self.nbytes = max(-(-nbytes // _PAGE), 1) * _PAGE
+        self.path = path
+        head = 0 if path is None else HEAD
         try:
-            whole = torch.frombuffer(mmap.mmap(-1, self.nbytes), dtype=torch.uint8)
+            memory = mmap.mmap(-1, self.nbytes) if path is None else _new_file(path, head + self.nbytes)
+            whole = torch.frombuffer(memory, dtype=torch.uint8)
             _make_pages(whole)
         except (OSError, ValueError, RuntimeError) as error:
             raise SnapshotError(
-                f"rank {parallel.this_rank()}: no host memory for a snapshot of {nbytes / 2**20:.0f} MiB ({error}). "
+                f"rank {parallel.this_rank()}: no host memory for a snapshot of {nbytes / 2**20:.0f} MiB"
+                f"{'' if path is None else f' in {path.parent}'} ({error}). "
                 "Keep fewer anchors, shard the state over more ranks, or give the job more memory"
             ) from error
-        self.data = whole[:nbytes]
+        self.data = whole[head : head + nbytes]
+        self._fill = None if path is None else whole[len(MARK) : len(MARK) + 8].view(torch.int64)
         self.why_pageable = ""
         locked: list[int] = []
         if device is not None:
-            self.why_pageable = _lock(whole.data_ptr(), self.nbytes, device, locked)
+            self.why_pageable = _lock(whole.data_ptr() + head, self.nbytes, device, locked)
         self.pinned = bool(locked)
         self._finalizer = weakref.finalize(self, _unlock, os.getpid(), locked)
         if self.why_pageable:
             _say_pageable(self.nbytes, self.why_pageable)
 
+    @property
+    def fill(self) -> int:
+        """Number of the fill; 0 before the first, and for a region that lies in no file."""
+        return 0 if self._fill is None else int(self._fill)
+
+    def begin_fill(self) -> None:
+        """Another state is about to be written here: whoever finds the file must not take it for the one before."""
+        if self._fill is not None:
+            self._fill += 1
+
     def close(self) -> None:
         """Give the memory back; no copy from or into it may be under way. Idempotent."""
         self._finalizer()
         self.data = torch.empty(0, dtype=torch.uint8)
+        self._fill = None
         self.nbytes, self.pinned = 0, False
+
+
+class FoundArena:
+    """A region in a file that another process left behind: a private view of it, which changes nothing there.
+
+    Attributes:
+        data: Its bytes, uint8, as many as asked for.
+        nbytes: As many.
+        fill: Number of the fill the data is of.
+        pinned: False.
+        path: The file.
+    """
+
+    def __init__(self, path: Path, nbytes: int) -> None:
+        """Open it.
+
+        Raises:
+            SnapshotError: It is not there, is no such file, or is too short.
+        """
+        try:
+            with path.open("rb") as file:
+                memory = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+        except (OSError, ValueError) as error:
+            raise SnapshotError(f"{path.name} cannot be read ({error})") from error
+        if len(memory) < HEAD + nbytes or memory[: len(MARK)] != MARK:
+            raise SnapshotError(f"{path.name} is cut short or damaged at its head")
+        self.path, self.nbytes, self.pinned = path, nbytes, False
+        self.fill = int.from_bytes(memory[len(MARK) : len(MARK) + 8], "little")
+        self.data = torch.frombuffer(memory, dtype=torch.uint8)[HEAD : HEAD + nbytes]
+
+    def begin_fill(self) -> None:
+        """Never: it is only read."""
+        raise SnapshotError(f"{self.path.name} belongs to a process that has ended; it is not written to")
+
+    def close(self) -> None:
+        """Let go of it. Idempotent."""
+        self.data, self.nbytes = torch.empty(0, dtype=torch.uint8), 0
+
+
+def _new_file(path: Path, size: int) -> mmap.mmap:
+    """A new file that only its owner can read, with all its bytes reserved, in memory."""
+    handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+    try:
+        # Reserved now: a page that cannot be had later would be a SIGBUS in the middle of a copy.
+        os.posix_fallocate(handle, 0, size)
+        os.pwrite(handle, MARK, 0)
+        return mmap.mmap(handle, size)
+    except BaseException:
+        path.unlink(missing_ok=True)
+        raise
+    finally:
+        os.close(handle)
 
 
 def _make_pages(data: torch.Tensor) -> None:
@@ -220,6 +299,18 @@ def check_budget(need: int, slots: int, root: Path = Path("/")) -> None:
             f"{tightest.name} leaves {tightest.available / 2**20:.0f} MiB. Keep fewer anchors (anchors=0 needs two "
             "slots), shard the state over more ranks, or raise the limit"
         )
+
+
+class Memory:
+    """Where slots get their memory from."""
+
+    def check(self, need: int, slots: int) -> None:
+        """Compare what slots still need with what there is. See :func:`check_budget`."""
+        check_budget(need, slots)
+
+    def make(self, nbytes: int, device: torch.device | None) -> Arena:
+        """The memory of one slot. See :class:`Arena`."""
+        return Arena(nbytes, device)
 
 
 def _groups(mount: Path, path: str, names: tuple[str, str, str]) -> list[Limit]:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import nn
 
 from .. import parallel
+from ..errors import SnapshotError
 
 
 @dataclass(slots=True)
@@ -68,6 +70,41 @@ class BufferCopies:
                 if module._buffers.get(name, self) is not tensor:
                     module._buffers[name] = tensor
 
+    def export(self) -> list[tuple[int, str, torch.Tensor | None]]:
+        """The capture for another process: (number of the module, name of the buffer, content). Waits for devices."""
+        return [
+            (number, name, None if tensor is None else self._copies[id(tensor)].content.cpu())
+            for number, (_, buffers) in enumerate(self._slots)
+            for name, tensor in buffers.items()
+        ]
+
+    @torch.no_grad()
+    def load(self, saved: Sequence[tuple[int, str, torch.Tensor | None]]) -> None:
+        """Write what another process exported into the model as it is now.
+
+        Raises:
+            SnapshotError: The model has other buffers; nothing was changed then.
+        """
+        self.check(saved)
+        modules = list(self._model.modules())
+        for number, name, content in saved:
+            live = modules[number]._buffers[name]
+            if content is None or live is None or parallel.local(live).shape != content.shape:
+                fresh = None if content is None else content.to(_device_of(self._model, live))
+                modules[number]._buffers[name] = fresh
+            else:
+                parallel.local(live).copy_(content)
+
+    def check(self, saved: Sequence[tuple[int, str, torch.Tensor | None]]) -> None:
+        """Raise SnapshotError if the model has not these buffers. Changes nothing."""
+        modules = list(self._model.modules())
+        now = {(number, name) for number, module in enumerate(modules) for name in module._buffers}
+        if now != {(number, name) for number, name, _ in saved}:
+            raise SnapshotError(
+                f"rank {parallel.this_rank()}: the model has {len(now)} buffers, and not those of the snapshot, which "
+                f"has {len(saved)}"
+            )
+
     @property
     def nbytes(self) -> int:
         """Bytes of all clones."""
@@ -78,6 +115,12 @@ class BufferCopies:
             sum(len(module._buffers) for module in self._modules),
             sum(len(module._modules) for module in self._modules),
         )
+
+
+def _device_of(model: nn.Module, buffer: torch.Tensor | None) -> torch.device:
+    """Where a buffer belongs: where it is, or else where the first parameter is."""
+    found = buffer if buffer is not None else next(model.parameters(), None)
+    return torch.device("cpu") if found is None else parallel.local(found).device
 
 
 def _copy_of(tensor: torch.Tensor, previous: _Copy | None) -> _Copy:

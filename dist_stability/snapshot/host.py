@@ -60,6 +60,23 @@ class ForwardState:
             self._buffers.restore()
             self._random.restore()
 
+    def export(self) -> dict[str, Any]:
+        """The capture as plain data, for another process. Waits for buffers on a device."""
+        assert self._random is not None, "nothing was captured"
+        return {"buffers": self._buffers.export(), "random": self._random.export()}
+
+    def check_buffers(self, saved: Mapping[str, Any]) -> None:
+        """Raise SnapshotError if :meth:`load_buffers` would. Changes nothing."""
+        self._buffers.check(saved["buffers"])
+
+    def load_buffers(self, saved: Mapping[str, Any]) -> None:
+        """Write the buffers of what another process exported into the model.
+
+        Raises:
+            SnapshotError: The model has other buffers; nothing was changed then.
+        """
+        self._buffers.load(saved["buffers"])
+
     def clear(self) -> None:
         """Forget the capture, keep the memory."""
         self._random = None

@@ -9,29 +9,34 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from ..errors import SnapshotError
+from .arena import Memory
 from .copier import Copier, HostWork
 from .slot import Slot, SlotState
 
 
 class SlotRing:
-    """Owns ``2 + anchors`` slots and knows what each is for. A slot can be the safe one and an anchor at once.
+    """Owns ``2 + anchors + spare`` slots and knows what each is for. A slot can be the safe one and an anchor at once.
 
     Attributes:
         safe: The last committed state; raises before the first commit.
         anchors: Older committed states for a deep rollback, oldest first; after one, several may be the same slot.
     """
 
-    def __init__(self, anchors: int, copier: Copier | None = None) -> None:
+    def __init__(
+        self, anchors: int, copier: Copier | None = None, spare: int = 0, source: Memory | None = None
+    ) -> None:
         """Make the slots; memory comes with the first fill of each.
 
         Args:
             anchors: How many older states are kept, >= 0.
             copier: Moves the bytes; by default everything on the CPU is done at once.
+            spare: Slots beyond those, >= 0: a sealed state that is not safe any more stays the longer.
+            source: Where the memory of the slots comes from.
         """
         self._kept = anchors
         self._copier = Copier(HostWork.NONE) if copier is None else copier
         self._slots: list[Slot] = []
-        self._slots += [Slot(self._copier, self._slots) for _ in range(2 + anchors)]
+        self._slots += [Slot(self._copier, self._slots, source) for _ in range(2 + anchors + spare)]
         self._safe: Slot | None = None
         self._before: Slot | None = None  # safe until the bytes of the safe one are there
         self.anchors: list[Slot] = []
@@ -44,12 +49,19 @@ class SlotRing:
         return self._safe
 
     @property
+    def size(self) -> int:
+        """Number of slots."""
+        return len(self._slots)
+
+    @property
     def has_safe(self) -> bool:
         """Whether anything was committed yet."""
         return self._safe is not None
 
     def begin(self) -> Slot:
         """A slot to fill: one that is neither safe nor an anchor. What an interrupted fill left in it is given up.
+
+        Among several, that which a later process would miss least: not sealed, else sealed the longest ago.
 
         Raises:
             SnapshotError: The copy of the safe one failed, and there is no other slot.
@@ -58,7 +70,8 @@ class SlotRing:
         if all(self._in_use(slot) for slot in self._slots):
             self.safe.assure()
             self._before = None
-        slot = next(slot for slot in self._slots if not self._in_use(slot))
+        free = [slot for slot in self._slots if not self._in_use(slot)]
+        slot = min(free, key=lambda slot: -1 if slot.sealed is None else slot.sealed)
         slot.release()
         return slot
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import importlib
 import random
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -50,6 +51,31 @@ class RandomState:
         live = _dtensor_states()
         live.clear()
         live.update((tag, state.clone()) for tag, state in self.dtensor.items())
+
+    def export(self) -> dict[str, Any]:
+        """The same as plain data, for another process."""
+        devices = [(str(generator.device), state) for generator, state in self.devices]
+        return {
+            "python": self.python,
+            "numpy": self.numpy,
+            "cpu": self.cpu,
+            "devices": devices,
+            "dtensor": self.dtensor,
+        }
+
+    @classmethod
+    def of(cls, saved: Mapping[str, Any]) -> RandomState:
+        """Undo :meth:`export`. Devices that this process does not use are left out: nobody draws from them."""
+        here = {str(generator.device): generator for generator in _device_generators()}
+        if saved["numpy"] is not None:
+            importlib.import_module("numpy")
+        return cls(
+            python=saved["python"],
+            numpy=saved["numpy"],
+            cpu=saved["cpu"],
+            devices=tuple((here[name], state) for name, state in saved["devices"] if name in here),
+            dtensor=saved["dtensor"],
+        )
 
 
 @contextmanager

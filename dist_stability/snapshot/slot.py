@@ -27,7 +27,7 @@ from torch.optim import Optimizer
 
 from .. import parallel
 from ..errors import SnapshotError
-from .arena import Arena, check_budget
+from .arena import Arena, FoundArena, Memory
 from .copier import Bucket, Copier, HostCopy, HostWork, ThreadTransfer, Transfer, chunks, copy_on_host, view_in
 from .digest import FixedSums, bytes_of, entry_digests
 from .host import EntryState, ForwardState
@@ -59,13 +59,18 @@ class Slot:
         entry: Set by the owner: per-group values and other objects that belong to this state. ``fill`` drops it.
         rule_anchor: Set by the owner: the rule's statistics at this commit. ``fill`` drops it.
         measurement: Set by the owner: what the probe measured of this state. ``fill`` drops it.
+        sealed: Set by the owner: how many attempts had been made when this state was last made findable by a later
+            process; None if it is not. ``fill`` drops it.
 
     Args:
         copier: Shared with other slots of a ring; by default one of its own, without a thread.
         siblings: All slots of the ring, this one included: memory is reserved only if there is enough for all.
+        source: Where its memory comes from.
     """
 
-    def __init__(self, copier: Copier | None = None, siblings: Sequence[Slot] | None = None) -> None:
+    def __init__(
+        self, copier: Copier | None = None, siblings: Sequence[Slot] | None = None, source: Memory | None = None
+    ) -> None:
         """A free slot without memory."""
         self.state = SlotState.FREE
         self.attempt = -1
@@ -73,9 +78,11 @@ class Slot:
         self.entry: EntryState | None = None
         self.rule_anchor: dict[str, Any] | None = None
         self.measurement: float | None = None
+        self.sealed: int | None = None
+        self._host_memory = Memory() if source is None else source
         self._copier = Copier(HostWork.NONE) if copier is None else copier
         self._siblings: Sequence[Slot] = [self] if siblings is None else siblings
-        self._arena: Arena | None = None
+        self._arena: Arena | FoundArena | None = None
         self._locked_for: torch.device | None = None
         self._layout = Layout.of((), (), ())
         self._views: list[torch.Tensor] = []
@@ -145,7 +152,7 @@ class Slot:
             SnapshotError: The plan is not current, or there is no memory for the copy.
         """
         self.state = SlotState.FILLING
-        self.entry, self.rule_anchor, self.measurement = None, None, None
+        self.entry, self.rule_anchor, self.measurement, self.sealed = None, None, None, None
         if self.forward is not None:
             self.forward.clear()
         image = plan.image()
@@ -157,11 +164,64 @@ class Slot:
             self._plan = None
             self._reserve(plan, live, devices)
         self.attempt, self._plan, self._held = attempt, plan, image.held
+        assert self._arena is not None
+        self._arena.begin_fill()
         if plan.shared and digests is None:  # the slot will not have all that they are of
             digests = plan.digests(image.tensors)
         self._start(plan, live, digests, on_chunk or (lambda: None))
         if not self._transfers:
             self.state = SlotState.COMPLETE
+
+    def take(self, plan: StatePlan, memory: FoundArena, attempt: int, digests: Digests, sums: torch.Tensor) -> None:
+        """Become the copy that another process made under a plan of the same form. Nothing is read or compared yet.
+
+        Args:
+            plan: A current plan.
+            memory: What that process's slot left.
+            attempt: Index of the attempt whose commit it holds.
+            digests: Of the state, as that slot had them.
+            sums: Digests of the pieces, as that slot had them.
+
+        Raises:
+            SnapshotError: The plan needs another number of bytes.
+        """
+        image = plan.image()
+        live = plan.cut(image.tensors)
+        devices = tuple(tensor.device for tensor in live)
+        layout = _layout_of(live, devices)
+        if layout.nbytes != memory.data.numel():
+            raise SnapshotError(
+                f"rank {parallel.this_rank()}: the copy has {memory.data.numel()} bytes, this state {layout.nbytes}"
+            )
+        self.close()
+        self._arena = memory
+        self._lay_out(plan, live, layout)
+        self.attempt, self._plan, self._held = attempt, plan, image.held
+        self._digests, self._sums = digests, sums
+        self.state = SlotState.COMPLETE
+
+    @property
+    def spoilt(self) -> bool:
+        """Whether the state was written to while it was copied."""
+        return bool(self._changed)
+
+    @property
+    def sums(self) -> torch.Tensor:
+        """The digests of the pieces kept here, on the CPU. Waits for them."""
+        self.wait()
+        return self._sums.cpu()
+
+    @property
+    def memory(self) -> Arena | FoundArena:
+        """Where the bytes are; SnapshotError before the first fill."""
+        if self._arena is None:
+            raise SnapshotError("the slot was never filled")
+        return self._arena
+
+    @property
+    def held(self) -> tuple[tuple[Held, ...], ...]:
+        """For each optimizer, what of its state is no tensor, and the places of the tensors."""
+        return self._held
 
     def publish(self) -> None:
         """Declare the slot valid: every rank has one of the same attempt. Takes effect when the bytes are there.
@@ -481,16 +541,17 @@ class Slot:
 
     def _reserve(self, plan: StatePlan, tensors: Sequence[torch.Tensor], devices: tuple[torch.device, ...]) -> None:
         """Lay out the views for a plan; take new memory only if there is too little."""
-        layout = Layout.of(
-            [tensor.numel() * tensor.element_size() for tensor in tensors], [t.element_size() for t in tensors], devices
-        )
+        layout = _layout_of(tensors, devices)
         cuda = next((device for device in layout.large if device.type == "cuda"), None)
         if self._arena is None or layout.nbytes > self._data.numel() or self._locked_for != cuda:
             self.close()  # before the new memory is there, not beside it
             self.state = SlotState.FILLING
             missing = sum(max(0, layout.nbytes - slot.nbytes) for slot in self._siblings)
-            check_budget(missing, len(self._siblings))
-            self._arena, self._locked_for = Arena(layout.nbytes, cuda), cuda
+            self._host_memory.check(missing, len(self._siblings))
+            self._arena, self._locked_for = self._host_memory.make(layout.nbytes, cuda), cuda
+        self._lay_out(plan, tensors, layout)
+
+    def _lay_out(self, plan: StatePlan, tensors: Sequence[torch.Tensor], layout: Layout) -> None:
         self._layout = layout
         self._views = [view_in(self._data, start, like) for start, like in zip(layout.starts, tensors, strict=True)]
         self._bytes = FixedSums([bytes_of(view) if view.is_contiguous() else view for view in self._views])
@@ -549,6 +610,11 @@ def _copy_within(copies: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> None:
     for device in {destination.device for destination, _ in copies}:
         here = [pair for pair in copies if pair[0].device == device]
         torch._foreach_copy_([destination for destination, _ in here], [source for _, source in here])
+
+
+def _layout_of(tensors: Sequence[torch.Tensor], devices: tuple[torch.device, ...]) -> Layout:
+    sizes = [tensor.element_size() for tensor in tensors]
+    return Layout.of([tensor.numel() * size for tensor, size in zip(tensors, sizes, strict=True)], sizes, devices)
 
 
 def _laid_out(live: torch.Tensor, entry: Entry) -> torch.Tensor:

@@ -14,6 +14,12 @@ PHASES = watch.PHASES[1:]
 LOSS_PHASES = ("loss before forward", "loss in forward", "loss after forward")
 """Places inside the probe's loss function; reached through :meth:`FaultInjector.wrap_loss` only."""
 
+TIER_PHASES = ("seal",)
+"""While a commit is made findable for a later process; reached with ``persist`` only."""
+
+PROCESS_KINDS = ("kill", "stop", "exit")
+"""Kinds that end or hold this process."""
+
 BITS = ("sign", "top-exponent", "low-exponent", "top-mantissa", "low-mantissa")
 """Names of bits of a floating-point number, whatever its width."""
 
@@ -52,8 +58,8 @@ class Fault:
     Attributes:
         kind: One of :data:`KINDS`.
         step: First attempt it acts in.
-        phase: One of :data:`PHASES` or :data:`LOSS_PHASES`. Faults in numbers set it themselves: they act on
-            "gradients", a bit flip in a parameter "after step", those of :data:`OUTSIDE` where it says.
+        phase: One of :data:`PHASES`, :data:`LOSS_PHASES` or :data:`TIER_PHASES`. Faults in numbers set it themselves:
+            they act on "gradients", a bit flip in a parameter "after step", those of :data:`OUTSIDE` where it says.
         rank: Global rank it acts on; None for every rank.
         length: Number of consecutive attempts it acts in.
         factor: What gradients ("gradient-scale") or learning rates ("learning-rate") are multiplied by.
@@ -80,7 +86,7 @@ class Fault:
         one_of("place of a bit flip", self.where, tuple(PLACES))
         one_of("bit", self.bit, BITS)
         if "phase" in KEYS[self.kind]:
-            one_of("phase", self.phase, PHASES + LOSS_PHASES)
+            one_of("phase", self.phase, PHASES + LOSS_PHASES + TIER_PHASES)
         else:
             phase = PLACES[self.where] if self.kind == "bit-flip" else OUTSIDE.get(self.kind, "gradients")
             object.__setattr__(self, "phase", phase)

@@ -34,7 +34,7 @@ from torch.optim import Optimizer
 from dist_stability import parallel
 from dist_stability.learning_rate import RateCut
 
-from .fault import BITS, DRAWN_KINDS, LOSS_PHASES, PHASES, PLACES, Fault, parse
+from .fault import BITS, DRAWN_KINDS, LOSS_PHASES, PHASES, PLACES, PROCESS_KINDS, Fault, parse
 
 _LAYOUTS = {  # dtype -> (integer dtype of the same width, bits, mantissa bits)
     torch.float64: (torch.int64, 64, 52),
@@ -75,6 +75,11 @@ class FaultInjector:
             ValueError: Unknown kind, key or value; the message lists the known ones.
         """
         return cls(parse(spec) for spec in specs)
+
+    def spare_the_process(self) -> FaultInjector:
+        """Drop the faults that end or hold a process, and return the injector: they did so in an earlier start."""
+        self.faults = [fault for fault in self.faults if fault.kind not in PROCESS_KINDS]
+        return self
 
     @classmethod
     def random(

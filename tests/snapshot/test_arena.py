@@ -141,7 +141,7 @@ def test_limits_in_a_container_with_version_1(tmp_path: Path) -> None:
 def test_the_whole_ring_is_paid_for_before_anything_is_reserved(monkeypatch: pytest.MonkeyPatch) -> None:
     """And memory that slots hold already is not asked for again."""
     asked: list[tuple[int, int]] = []
-    monkeypatch.setattr("dist_stability.snapshot.slot.check_budget", lambda need, slots: asked.append((need, slots)))
+    monkeypatch.setattr("dist_stability.snapshot.arena.check_budget", lambda need, slots: asked.append((need, slots)))
     model = nn.Linear(mmap.PAGESIZE // 4, 1, bias=False)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     plan = StatePlan.build(model, [optimizer], 1)
@@ -163,7 +163,7 @@ def test_too_little_memory_is_told_before_it_is_taken(monkeypatch: pytest.Monkey
     monkeypatch.setattr("dist_stability.snapshot.arena.limits.__defaults__", (tmp_path,))
     monkeypatch.setattr("dist_stability.snapshot.arena.check_budget.__defaults__", (tmp_path,))
     made: list[Any] = []
-    monkeypatch.setattr("dist_stability.snapshot.slot.Arena", lambda *args: made.append(args))
+    monkeypatch.setattr("dist_stability.snapshot.arena.Arena", lambda *args: made.append(args))
     model = nn.Linear(1024, 2, bias=False)
     plan = StatePlan.build(model, [torch.optim.SGD(model.parameters(), lr=0.1)], 1)
     with pytest.raises(SnapshotError, match="anchors=0 needs two slots"):

@@ -1,0 +1,362 @@
+"""Slots in shared memory: files in /dev/shm, which stay when the process that made them dies.
+
+Names say everything that has to be known without opening a file::
+
+    dist_stability.<user>.<job>.r<rank>.<owner>.<number>           the memory of a slot (arena.py)
+    dist_stability.<user>.<job>.r<rank>.<owner>.<number>.a, .b     its last two seals (record.py)
+
+A process makes files of its own and never writes to those of another, so what an earlier process of the same job and
+rank left stays as it was until it is superseded. Files of other jobs are removed if neither their process nor the one
+that would start it again runs: that cannot change any more, so two processes that clean up at once do no harm.
+"""
+
+from __future__ import annotations
+
+import atexit
+import itertools
+import os
+import re
+import sys
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from ...errors import SnapshotError
+from ..arena import Arena, FoundArena, Memory
+from . import record
+from .processes import Owner
+from .record import Head, Unusable
+
+_PREFIX = "dist_stability"
+_SEALS = ("a", "b")
+_PARTIAL = "partial"
+_numbers = itertools.count()
+
+
+@dataclass(frozen=True)
+class SharedMemory:
+    """Keep the snapshots where they outlive the process: a restarted one finds the last of its rank and job.
+
+    They are kept there instead of in anonymous memory, not beside it.
+
+    Args:
+        job: Name of this run, the same after a restart and not that of another run on the machine: letters, digits,
+            "-" and "_". By default torchrun's run id, torchrun itself if that has none, or Slurm's job id.
+        folder: A folder in memory. One on a disk works as well, at its speed.
+
+    Raises:
+        ValueError: No job was given and none is known, or its name has other characters.
+    """
+
+    job: str = ""
+    folder: str | os.PathLike[str] = "/dev/shm"
+
+    def __post_init__(self) -> None:
+        """Find the job."""
+        object.__setattr__(self, "job", str(self.job) or _job(os.environ))
+        object.__setattr__(self, "folder", Path(self.folder))
+        if not re.fullmatch(r"[A-Za-z0-9_-]{1,64}", self.job):
+            raise ValueError(
+                f"persist=SharedMemory(job={self.job!r}): expected 1 to 64 letters, digits, '-' or '_': it becomes "
+                "part of file names"
+            )
+
+
+def _job(environment: Mapping[str, str]) -> str:
+    run = environment.get("TORCHELASTIC_RUN_ID", "")
+    if run and run != "none":
+        return re.sub(r"[^A-Za-z0-9_-]", "_", run)[:64]
+    if environment.get("SLURM_JOB_ID"):
+        return f"slurm-{environment['SLURM_JOB_ID']}"
+    if run:  # torchrun was given no id and calls them all "none"; it lives as long as the job
+        pid, began = Owner.this().agent
+        return f"torchrun-{pid}-{began}"
+    raise ValueError(
+        "persist=SharedMemory(): neither torchrun's run id (TORCHELASTIC_RUN_ID) nor SLURM_JOB_ID is set, so the name "
+        "of this run is not known. Pass one that is the same after a restart: SharedMemory(job='my-run')"
+    )
+
+
+class FileName(NamedTuple):
+    """What the name of a file says. ``seal`` is "" for the memory of a slot."""
+
+    path: Path
+    job: str
+    rank: int
+    owner: Owner
+    number: int
+    seal: str
+
+    @property
+    def slot(self) -> Path:
+        """The memory of the slot that this is, or is about."""
+        return self.path.with_name(self.path.name.removesuffix(f".{self.seal}")) if self.seal else self.path
+
+
+def files(folder: Path) -> Iterator[FileName]:
+    """This user's files in a folder, of all jobs."""
+    user = os.getuid() if hasattr(os, "getuid") else 0
+    pattern = re.compile(
+        rf"{_PREFIX}\.{user}\.(?P<job>[\w-]+)\.r(?P<rank>\d+)\.(?P<owner>p.+)\.(?P<number>\d+)"
+        rf"(\.(?P<seal>[ab](\.{_PARTIAL})?))?"
+    )
+    for path in folder.iterdir():
+        found = pattern.fullmatch(path.name)
+        owner = None if found is None else Owner.parse(found["owner"])
+        if found is not None and owner is not None:
+            yield FileName(path, found["job"], int(found["rank"]), owner, int(found["number"]), found["seal"] or "")
+
+
+class Overwritten(SnapshotError):
+    """A slot holds another state than the one that was sealed."""
+
+
+@dataclass(frozen=True)
+class Record:
+    """One moment of one rank that can be gone back to.
+
+    Attributes:
+        head: What it is chosen by.
+        body: Pickled.
+        path: Of the slot.
+    """
+
+    head: Head
+    body: bytes
+    path: Path
+
+    def open(self) -> FoundArena:
+        """The bytes of the slot, in no way checked.
+
+        Raises:
+            SnapshotError: They cannot be read, or have been overwritten since.
+        """
+        arena = FoundArena(self.path, self.head.nbytes)
+        if arena.fill != self.head.fill:
+            raise Overwritten(f"{self.path.name} has been filled again since")
+        return arena
+
+
+class Shelf(Memory):
+    """The files of one rank of one job: those of this process, and those that an earlier one left.
+
+    Args:
+        setting: Where, and of which job.
+        rank: Global rank.
+        count: How many ranks the job has, also those that train something else.
+
+    Attributes:
+        name: For messages.
+    """
+
+    name = "shared memory"
+
+    def __init__(self, setting: SharedMemory, rank: int, count: int) -> None:
+        """Look at the folder, and remove what dead jobs left there.
+
+        Raises:
+            ValueError: The folder is not there or cannot be written to, or the job's name is in use by a process that
+                runs.
+        """
+        self._folder, self._job, self._rank, self._count = Path(setting.folder), setting.job, rank, count
+        self._owner = Owner.this()
+        self._pid = os.getpid()
+        self._arenas: list[Arena] = []
+        self._last: dict[Path, int] = {}  # which of the two seals of a slot is the newer one
+        self._seals = 0
+        self._closed = False
+        self._check_folder()
+        remove_stale(self._folder, self._job)
+        mine = (self._folder, self._job, rank)
+        earlier = list(self._earlier())
+        used = next((file.owner for file in earlier if file.owner.alive() and file.owner.process[0] != self._pid), None)
+        if used is not None or any(shelf.place == mine for shelf in _open):
+            whose = f"process {used.process[0]}" if used is not None else "another controller of this process"
+            raise ValueError(
+                f"rank {rank}: persist=SharedMemory(job={self._job!r}): the snapshots of this job and rank in "
+                f"{self._folder} belong to {whose}, which runs. Give each run a job name of its own, or end that one"
+            )
+
+    @property
+    def place(self) -> tuple[Path, str, int]:
+        """Folder, job and rank."""
+        return self._folder, self._job, self._rank
+
+    # ------------------------------------------------------------------ memory of the slots
+
+    def check(self, need: int, slots: int) -> None:
+        """See Memory; the folder's room counts as well."""
+        super().check(need, slots)
+        found = os.statvfs(self._folder)
+        free = found.f_bavail * found.f_frsize
+        if need > free:
+            raise SnapshotError(
+                f"rank {self._rank}: persist=SharedMemory(folder='{self._folder}'): snapshots need {need / 2**20:.0f} "
+                f"MiB there ({slots} slots), and {free / 2**20:.0f} MiB are free. Make it larger (mount -o "
+                "remount,size=...; docker run --shm-size=...), keep fewer anchors, or name another folder"
+            )
+
+    def make(self, nbytes: int, device: torch.device | None) -> Arena:
+        """See Memory; files of slots that have given theirs back go first."""
+        for arena in [arena for arena in self._arenas if not arena.nbytes]:
+            self._arenas.remove(arena)
+            self._remove(arena.path)
+        name = f"{_PREFIX}.{os.getuid()}.{self._job}.r{self._rank}.{self._owner}.{next(_numbers)}"
+        _open.add(self)
+        arena = Arena(nbytes, device, self._folder / name)
+        self._arenas.append(arena)
+        return arena
+
+    # ------------------------------------------------------------------ records
+
+    def seal(self, memory: Arena | FoundArena, head: Head, body: Any, on_chunk: Callable[[], object]) -> None:
+        """Make what a slot holds findable. The seal before stays; what earlier processes left goes at the second one.
+
+        At the second, because by then all ranks have made the first: there was a vote in between.
+
+        Raises:
+            OSError: No room.
+        """
+        assert memory.path is not None
+        which = 1 - self._last.get(memory.path, 1)
+        record.write(memory.path.with_name(f"{memory.path.name}.{_SEALS[which]}"), head, body, on_chunk)
+        self._last[memory.path] = which
+        self._seals += 1
+        if self._seals == 2:
+            self.forget_earlier()
+
+    def records(self, world: int, signature: int) -> tuple[list[Record], list[str]]:
+        """What earlier processes of this job and rank left.
+
+        Args:
+            world: Number of ranks.
+            signature: Of the plan.
+
+        Returns:
+            Records that are sound as far as their seals go, newest first; why others are not used.
+        """
+        found: list[Record] = []
+        said: list[str] = []
+        overwritten = 0
+        for file in self._earlier():
+            if file.seal not in _SEALS:
+                continue
+            try:
+                head, body = record.read(file.path)
+                self._check(head, world, signature)
+                one = Record(head, body, file.slot)
+                try:
+                    one.open().close()
+                except Overwritten:  # what becomes of every slot in time
+                    overwritten += 1
+                    continue
+                except SnapshotError as error:
+                    raise Unusable(f"is of no use: {error}") from error
+                found.append(one)
+            except Unusable as error:
+                said.append(f"slot {file.number}, seal {file.seal} {error}")
+        if overwritten and not found:
+            said.append(f"{overwritten} seals are of slots that were filled again, and not sealed")
+        return sorted(found, key=lambda one: one.head.key, reverse=True), said
+
+    def _check(self, head: Head, world: int, signature: int) -> None:
+        if (head.job, head.rank) != (self._job, self._rank):
+            raise Unusable(f"is of rank {head.rank} of job {head.job!r}, whatever its name says")
+        if head.world != world:
+            raise Unusable(f"was made by {head.world} ranks, and there are {world}")
+        if head.signature != signature:
+            raise Unusable("is of another model or other optimizers")
+
+    def forget_earlier(self, but: Path | None = None) -> None:
+        """Remove what earlier processes of this job and rank left, except for one slot."""
+        for path in {file.slot for file in self._earlier()}:
+            if path != but:
+                self._remove(path)
+
+    def _earlier(self) -> Iterator[FileName]:
+        """Files of this job and rank that are not this shelf's; what was interrupted in its writing counts as well."""
+        mine = {arena.path for arena in self._arenas}
+        for file in files(self._folder):
+            if (file.job, file.rank) == (self._job, self._rank) and file.slot not in mine:
+                yield file
+
+    # ------------------------------------------------------------------ the end
+
+    def close(self, keep: bool) -> None:
+        """The memory has been given back. Idempotent.
+
+        Args:
+            keep: Leave the files for a process that is started again; otherwise remove all of this job and rank, and
+                those of ranks that the job no longer has.
+        """
+        if self._closed:
+            return
+        self._closed = True
+        _open.discard(self)
+        if keep or os.getpid() != self._pid:  # a forked child's copy of this object
+            return
+        self.forget_earlier()
+        self.discard()
+        for file in files(self._folder):
+            if file.job == self._job and file.rank >= self._count and not file.owner.alive():
+                file.path.unlink(missing_ok=True)
+
+    def discard(self) -> None:
+        """Remove the files of this process."""
+        for arena in self._arenas:
+            self._remove(arena.path)
+        self._arenas = []
+
+    def _remove(self, slot: Path | None) -> None:
+        """Seals first: a slot without one is of no use, a seal without a slot would have to be explained."""
+        if slot is None:
+            return
+        for seal in _SEALS:
+            for name in (f"{slot.name}.{seal}", f"{slot.name}.{seal}.{_PARTIAL}"):
+                slot.with_name(name).unlink(missing_ok=True)
+        slot.unlink(missing_ok=True)
+        self._last.pop(slot, None)
+
+    def _check_folder(self) -> None:
+        where = f"rank {self._rank}: persist=SharedMemory(folder='{self._folder}')"
+        if not self._folder.is_dir():
+            raise ValueError(f"{where}: there is no such folder; name one in memory, such as /dev/shm")
+        try:
+            with tempfile.TemporaryFile(dir=self._folder):
+                pass
+        except OSError as error:
+            raise ValueError(f"{where}: it cannot be written to ({error}); name one that can") from error
+
+
+def remove_stale(folder: Path, job: str) -> list[Path]:
+    """Remove this user's files of other jobs that nobody will come back for.
+
+    Args:
+        folder: Where.
+        job: Whose files are left alone.
+
+    Returns:
+        What was removed.
+    """
+    gone = [file.path for file in files(folder) if file.job != job and not file.owner.may_return()]
+    for path in gone:
+        path.unlink(missing_ok=True)
+    return gone
+
+
+_open: set[Shelf] = set()
+
+
+def _interrupted() -> bool:
+    """Whether the interpreter ends because of an exception that nobody caught."""
+    return getattr(sys, "last_exc", None) is not None or getattr(sys, "last_value", None) is not None
+
+
+@atexit.register
+def _close_open() -> None:
+    for shelf in tuple(_open):
+        shelf.close(keep=_interrupted())

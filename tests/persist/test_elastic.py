@@ -1,0 +1,70 @@
+"""launch/train.py under torchrun: a worker is killed, the agent starts all again, and the run goes on from memory."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+import uuid
+from pathlib import Path
+
+import pytest
+
+from dist_stability.experiments.digests import differences
+from dist_stability.report.events import read_events, read_json
+
+TRAIN = Path(__file__).parents[2] / "launch" / "train.py"
+SMALL = ("--steps", "12", "--batch-size", "8", "--probe-size", "8", "--warmup", "2", "--device", "cpu")
+KEPT = ("--state-digest", "--dropout", "0.1", "--timeout", "15", "--inject", "gradient-scale:step=4,factor=1000")
+
+
+def launch(out: Path, job: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    alone = {name: value for name, value in os.environ.items() if name not in ("WORLD_SIZE", "RANK", "LOCAL_RANK")}
+    torchrun = ["-m", "torch.distributed.run", "--nproc_per_node=2", "--max-restarts=3", f"--rdzv-id={job}"]
+    torchrun += ["--rdzv-backend=c10d", "--rdzv-endpoint=127.0.0.1:0", "--local-addr=127.0.0.1"]
+    return subprocess.run(
+        [sys.executable, *torchrun, str(TRAIN), *SMALL, *KEPT, *arguments, "--out", str(out)],
+        # Without the last one gloo finds addresses of the dead in the store that the agent shares with its workers.
+        env={
+            **alone,
+            "OMP_NUM_THREADS": "1",
+            "GLOO_SOCKET_IFNAME": "lo",
+            "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",
+        },
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+
+
+def left(job: str) -> list[str]:
+    return [name for name in os.listdir("/dev/shm") if f".{job}." in name]
+
+
+@pytest.mark.skipif(not os.access("/dev/shm", os.W_OK), reason="needs /dev/shm")
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp2"])
+def test_killed_and_started_again_by_the_agent(parallel: str, tmp_path: Path) -> None:
+    job = f"elastic-{uuid.uuid4().hex[:8]}"
+    mode = ("--parallel", parallel)
+    whole = launch(tmp_path / "whole", job, *mode)
+    assert whole.returncode == 0, whole.stderr
+    kept = ("--persist", "shm", "--resume", "auto", "--inject", "kill:step=8,phase=vote,rank=1")
+    ended = launch(tmp_path / "killed", job, *mode, *kept)
+    assert ended.returncode == 0, ended.stderr
+    assert "nothing to resume from in shared memory" in ended.stdout
+    found = re.search(r"resumed at attempt (\d+) from shared memory .*the newest that all 2 ranks have", ended.stdout)
+    assert found is not None and int(found[1]) == 8, ended.stdout
+    for rank in range(2):
+        images = [json.loads((tmp_path / run / f"state-rank{rank}.json").read_text()) for run in ("whole", "killed")]
+        assert differences(*images) == [], f"rank {rank}"
+    first, second = (read_events(tmp_path / run / "events.jsonl") for run in ("whole", "killed"))
+    assert [event["attempt"] for event in second] == list(range(12))
+    assert [event["action"] for event in second] == [event["action"] for event in first]
+    assert [event["measurement"] for event in second] == [event["measurement"] for event in first]
+    summaries = [read_json(tmp_path / run / "summary.json") for run in ("whole", "killed")]
+    for name in ("refused", "undone", "final_probe", "evaluation", "probe"):
+        assert summaries[0][name] == summaries[1][name], name
+    assert left(job) == []
+    assert ended.stderr.count("exitcode: -9") == 1
