@@ -5,7 +5,7 @@ BIN := .venv/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo test test-slow test-gpu lint types format clean
+.PHONY: demo test test-slow test-gpu test-cluster lint types format clean
 
 .venv/.installed: pyproject.toml constraints.txt
 	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
@@ -16,13 +16,16 @@ demo: .venv/.installed
 	$(BIN)/dist-stability demo --out out/demo
 
 test: .venv/.installed
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest -m "not slow and not cluster"
 
 test-slow: .venv/.installed
 	$(BIN)/python -m pytest -m slow
 
 test-gpu: .venv/.installed
 	$(BIN)/python -m pytest -m gpu
+
+test-cluster: .venv/.installed
+	$(BIN)/python -m pytest tests/cluster -m cluster
 
 lint: .venv/.installed
 	$(BIN)/ruff check .

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -45,6 +46,8 @@ def processes(parallel: str, device: str, local_rank: int) -> Iterator[Processes
     else:
         dist.init_process_group("gloo")
     yield Processes(dist.get_rank(), dist.get_world_size(), place)
+    # What refers to the group keeps its threads; one that asks for the GIL at the very end would abort the process.
+    gc.collect()
     # Not after an exception: the group may be unusable, and to destroy it could wait for ranks that will not come.
     dist.destroy_process_group()
 
