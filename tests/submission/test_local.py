@@ -47,7 +47,7 @@ def test_signalled_requeued_and_equal_to_the_last_bit(tmp_path: Path, expected: 
     for rank in range(2):
         assert [step for step, _, _ in lives(out, rank)] == [0, 5]
     assert "rank 0: saved before step 5" in said  # --wait follows the log over the restart
-    folder = next((tmp_path / "logs").iterdir())
+    folder = next(path for path in (tmp_path / "logs").iterdir() if path.name.isdigit())  # submitit makes a %j, too
     assert f"job {folder.name}: 1 x 2 processes on local" in said
     assert f"log of rank 0: {folder}/{folder.name}_0_log.out" in said
 
