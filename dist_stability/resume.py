@@ -150,6 +150,7 @@ class Persistence:
         assert slot.forward is not None
         try:
             data = {
+                "optimizers": self._kinds(),
                 "form": self._form_of(slot.plan),
                 "trees": trees(slot),
                 "sums": slot.sums,
@@ -170,7 +171,7 @@ class Persistence:
                 slot.attempt,
                 history,
                 slot.memory.fill,
-                slot.memory.data.numel(),
+                slot.payload,
                 time.time(),
             )
             self.shelf.seal(slot.memory, head, data, tell)
@@ -191,6 +192,9 @@ class Persistence:
             ) from error
         slot.sealed = made
         tell()
+
+    def _kinds(self) -> list[str]:
+        return [type(optimizer).__qualname__ for optimizer in self._optimizers]
 
     def _form_of(self, plan: StatePlan) -> bytes:
         """The form of a plan, pickled once."""
@@ -216,7 +220,7 @@ class Persistence:
         notes += _missing(everyone, common[0] if common else None)
         for key in common:
             candidate, failure = self._prepare(mine[key], scaler)
-            failed = {rank: text for rank, text in self.vote.gather(one_line(failure), -1).items() if text is not None}
+            failed = {rank: text for rank, text in self.vote.gather(_why(failure), -1).items() if text is not None}
             if not failed:
                 assert candidate is not None
                 return self._restore(candidate, load, scaler, notes)
@@ -235,6 +239,8 @@ class Persistence:
         try:
             memory, body = record.open(), loads(record.body)
             form, entry = loads(body["form"]), body["entry"]
+            if body["optimizers"] != self._kinds():
+                raise Unusable(f"is of the optimizers {body['optimizers']}, and they are {self._kinds()}")
             self._check_entry(entry, scaler)
             entry = replace(entry, extra=self._fit(entry.extra))
             ForwardState(self._model).check_buffers(body["forward"])
@@ -344,6 +350,10 @@ class Persistence:
                 ranks=failed,
                 step=head.made,
             ) from failure
+
+
+def _why(failure: Exception | None) -> str | None:
+    return str(failure) if isinstance(failure, Unusable) else one_line(failure)
 
 
 def _missing(everyone: Mapping[int, list[Any]], chosen: Key | None) -> list[str]:

@@ -123,6 +123,11 @@ class Slot:
         return 0 if self._arena is None else self._arena.nbytes
 
     @property
+    def payload(self) -> int:
+        """Bytes of that memory that the copy takes."""
+        return self._layout.nbytes
+
+    @property
     def pinned(self) -> bool:
         """Whether that memory is page-locked."""
         return self._arena is not None and self._arena.pinned

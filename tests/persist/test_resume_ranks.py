@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import random
 import signal
 from pathlib import Path
 from typing import Any
@@ -75,17 +76,22 @@ _whole: dict[tuple[str, str], list[Any]] = {}
 
 
 def died_and_resumed(
-    case: Case, folder: Path, kill: tuple[int, str, int, int, str], **options: Any
+    case: Case, folder: Path, *kills: tuple[int, str, int, int, str], **options: Any
 ) -> tuple[int, list[str]]:
-    """The attempt that was gone on with, and the lines; asserts that state and verdicts are those without a death."""
+    """Start, die, start again, as often as there are kills, and then to the end.
+
+    Returns the attempt that was gone on with in the last start, and the lines of that; asserts that state and verdicts
+    are those without a death, and that no file is left.
+    """
     ranks = zoo.world_of(case)
     pool = harness.pool(ranks)
     known = (str(case), str(options))
     if known not in _whole:
         _whole[known] = pool.run(run, case, "", options)
     whole = _whole[known]
-    first = pool.run(run, case, str(folder), options, kill, expect_failure=True, grace=5.0)
-    assert isinstance(first[kill[0]], harness.RankError) and first[kill[0]].type == "Died", first[kill[0]]
+    for kill in kills:
+        died = pool.run(run, case, str(folder), options, kill, expect_failure=True, grace=5.0)
+        assert isinstance(died[kill[0]], harness.RankError) and died[kill[0]].type == "Died", died[kill[0]]
     again = pool.run(run, case, str(folder), options)
     for rank in range(ranks):
         assert compare(whole[rank][0], again[rank][0]) == [], f"rank {rank}: {again[rank][2]}"
@@ -138,10 +144,39 @@ def test_killed_at_any_phase(mode: str, killed: tuple[str, int, int, int], tmp_p
     assert all(f"resumed at attempt {made} from shared memory (job test" in line for line in lines)
 
 
-@pytest.mark.parametrize("how", ["_exit"])
-def test_left_without_goodbye(how: str, tmp_path: Path) -> None:
-    made, _ = died_and_resumed(Case("ddp"), tmp_path, (0, "vote", 8, 0, how))
+def test_left_without_goodbye(tmp_path: Path) -> None:
+    made, _ = died_and_resumed(Case("ddp"), tmp_path, (0, "vote", 8, 0, "_exit"))
     assert made == 8
+
+
+@pytest.mark.parametrize("mode", ["ddp", "fsdp2"])
+def test_killed_again_while_it_resumes(mode: str, tmp_path: Path) -> None:
+    """In the middle of the restore, of the copy that follows it, and of its first two seals."""
+    again = [("restore", 8, 1), ("copy", 8, 1), ("seal", 8, 1), ("seal", 9, 1)]
+    kills = [(rank % 2, *each, "SIGKILL") for rank, each in enumerate([("step", 8, 0), *again])]
+    made, _ = died_and_resumed(Case(mode), tmp_path, *kills)
+    assert made == 8
+
+
+@pytest.mark.slow
+def test_killed_at_random(tmp_path: Path) -> None:
+    seed = int.from_bytes(os.urandom(4), "little")
+    print(f"seed {seed}")
+    draw = random.Random(seed)
+    for number in range(16):
+        mode, decision = draw.choice(["ddp", "fsdp2", "tp"]), draw.choice(["immediate", "deferred"])
+        case = Case(mode, draws=decision == "immediate", scheduler=draw.random() < 0.5)
+        phases = ["seal", "gradients", "step", "after step", "probe", "vote", "copy", "done"]
+        first = draw.randrange(0, 8)
+        kills = [
+            (draw.randrange(2), draw.choice(phases), attempt, 0, draw.choice(["SIGKILL", "_exit"]))
+            for attempt in (first, first + draw.randrange(1, 4))
+        ]
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        print(number, case, decision, kills)
+        # Killed when an attempt is reached again or passed: each start gets as far as it likes beyond the last.
+        died_and_resumed(case, folder, *kills, decision=decision)
 
 
 CASES = {
@@ -170,6 +205,14 @@ def test_every_kind_of_state(name: str, tmp_path: Path) -> None:
 def test_four_ranks(mode: str, tmp_path: Path) -> None:
     made, _ = died_and_resumed(Case(mode), tmp_path, (3, "step", 10, 0, "SIGKILL"))
     assert made == 10
+
+
+def test_deferred_a_rank_ahead_still_has_what_the_other_sealed_last(tmp_path: Path) -> None:
+    """Under DDP rank 0 probes alone, so nothing holds it up before it copies the next proposal."""
+    case = Case("ddp", draws=False)
+    made, lines = died_and_resumed(case, tmp_path, (1, "seal", 7, 1, "SIGKILL"), decision="deferred", anchors=0)
+    assert made == 6
+    assert "attempt 7 is not on ranks [1]" in lines[0]
 
 
 OPTIONS: dict[str, dict[str, Any]] = {

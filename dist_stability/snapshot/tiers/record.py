@@ -108,7 +108,7 @@ def read(path: Path) -> tuple[Head, bytes]:
     except OSError as error:
         raise Unusable(f"cannot be read ({error.strerror})") from error
     if data[: len(MAGIC)] != MAGIC:
-        same = data[: len(MAGIC) - 1] == MAGIC[:-1]
+        same = len(data) >= len(MAGIC) and data[: len(MAGIC) - 1] == MAGIC[:-1]
         raise Unusable("is of another version of this package" if same else "is cut short or damaged")
     if len(data) < len(MAGIC) + 4 + _DIGEST or _digest(data[:-_DIGEST]) != data[-_DIGEST:]:
         raise Unusable("is cut short or damaged")
