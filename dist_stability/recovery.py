@@ -139,16 +139,17 @@ class Recovery:
         self.ring.reset()
         self.commit(self.plan, attempt)
 
-    def resumed(self, attempt: int, measurement: float | None, random: RandomState) -> None:
+    def resumed(self, slot: Slot, measurement: float | None, live: Digests, random: RandomState) -> None:
         """The state of an earlier process stands: it is the committed one.
 
         Args:
-            attempt: Whose commit it is.
+            slot: What it was restored from; not used any more afterwards.
             measurement: What the probe measured of it then.
+            live: Digests of what stands, under the plan of that slot.
             random: Where the random streams are to be when the next training forward begins.
         """
-        self.adopt(attempt)
-        self.ring.safe.measurement = measurement
+        self.ring.reset()
+        self.commit(slot.plan, slot.attempt, measurement, digests=live)
         self._stale, self._resumed = False, random
 
     def proposal(self) -> tuple[StatePlan, Image]:

@@ -300,7 +300,7 @@ class Persistence:
         if slot.plan.shared:
             send = partial(self.vote.broadcast, head.made)
             slot.gather(send, self.vote.device, on_chunk=self._phases.chunk("restore"))
-        live: Mapping[tuple[int, ...], torch.Tensor] = {}
+        live = Digests({}, torch.empty(0))
         try:
             candidate.entry.restore(self._optimizers, scaler, self._extra_state)
             ForwardState(self._model).load_buffers(body["forward"])
@@ -314,7 +314,8 @@ class Persistence:
         except Exception as error:
             failure = error
         self._agree(failure, head, live)
-        self._recovery.resumed(head.attempt, body["measurement"], RandomState.of(body["forward"]["random"]))
+        random = RandomState.of(body["forward"]["random"])
+        self._recovery.resumed(slot, body["measurement"], live, random)
         RandomState.of(body["before fetch"]).restore()
         self.mark()
         slot.close()

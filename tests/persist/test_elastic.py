@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import re
@@ -9,15 +10,41 @@ import subprocess
 import sys
 import uuid
 from pathlib import Path
+from typing import Any
 
+import harness
 import pytest
+import torch
 
+from dist_stability import startup
 from dist_stability.experiments.digests import differences
 from dist_stability.report.events import read_events, read_json
 
 TRAIN = Path(__file__).parents[2] / "launch" / "train.py"
 SMALL = ("--steps", "12", "--batch-size", "8", "--probe-size", "8", "--warmup", "2", "--device", "cpu")
 KEPT = ("--state-digest", "--dropout", "0.1", "--timeout", "15", "--inject", "gradient-scale:step=4,factor=1000")
+
+
+def notes(rank: int, world: int) -> list[Any]:
+    """What ranks that were started again read of the notes of those that died, in the same store."""
+    found: list[Any] = []
+    for start in range(2):
+        os.environ["TORCHELASTIC_RESTART_COUNT"] = str(start)
+        startup._controllers = itertools.count()
+        vote, watch = startup.make_vote(None, torch.device("cpu"), 10.0)
+        assert watch is not None
+        found.append(watch.failure())
+        vote.gather(None, 0)
+        watch.fail(0, "it died")
+        vote.close()
+    return found
+
+
+def test_notes_of_the_dead_are_not_read() -> None:
+    try:
+        assert harness.pool(2).run(notes) == [[None, None]] * 2
+    finally:
+        harness.pool(2).close()  # its environment was changed
 
 
 def launch(out: Path, job: str, *arguments: str) -> subprocess.CompletedProcess[str]:
@@ -44,7 +71,7 @@ def left(job: str) -> list[str]:
 
 
 @pytest.mark.skipif(not os.access("/dev/shm", os.W_OK), reason="needs /dev/shm")
-@pytest.mark.parametrize("parallel", ["ddp", "fsdp2"])
+@pytest.mark.parametrize("parallel", [pytest.param("ddp", marks=pytest.mark.slow), "fsdp2"])
 def test_killed_and_started_again_by_the_agent(parallel: str, tmp_path: Path) -> None:
     job = f"elastic-{uuid.uuid4().hex[:8]}"
     mode = ("--parallel", parallel)

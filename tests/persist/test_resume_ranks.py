@@ -11,13 +11,36 @@ from typing import Any
 import harness
 import pytest
 import zoo
+from torch import nn
+from torch.distributed.tensor import DTensor
 from zoo import Case
 
-from dist_stability import SharedMemory
+from dist_stability import SharedMemory, parallel
 from dist_stability.testing import FaultInjector, StateImage, capture_state, compare
 
 FAULT = "gradient-scale:step=9,factor=300"
 """A step that is refused: what is resumed must know of it."""
+
+
+class Average:
+    """A moving average of sharded weights, which is sharded itself."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self.weights = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+
+    def step(self) -> None:
+        parallel.reshard(self.model)
+        for name, parameter in self.model.named_parameters():
+            self.weights[name].lerp_(parameter.detach(), 0.2)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"weights": self.weights}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        for name, weight in state["weights"].items():
+            assert isinstance(weight, DTensor)
+            self.weights[name].copy_(weight)
 
 
 class Killer:
@@ -46,6 +69,9 @@ def run(
 ) -> tuple[StateImage, list[tuple[int, str]], str]:
     """Build, resume if there is something, train to the end: (final state, verdicts, the line of resume)."""
     setup = zoo.build(case, rank, world)
+    options = dict(options)
+    if options.pop("average", False):
+        setup.extra_state["average"] = Average(setup.model)
     injector = FaultInjector.parse(faults)
     persist = SharedMemory("test", folder) if folder else None
     controller = zoo.control(case, setup, injector=injector, persist=persist, timeout=10.0, **options)
@@ -220,12 +246,15 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "whole replicas": {"split_replicas": False},
     "shadow": {"shadow": True},
     "every third": {"every": 3},
+    "sharded extra state": {"average": True},
 }
 
 
 @pytest.mark.parametrize("name", list(OPTIONS))
-@pytest.mark.parametrize("phase", ["seal", "step", "copy"])
+@pytest.mark.parametrize(
+    "phase", ["seal", pytest.param("step", marks=pytest.mark.slow), pytest.param("copy", marks=pytest.mark.slow)]
+)
 def test_every_setting(name: str, phase: str, tmp_path: Path) -> None:
-    case = Case("ddp" if name != "deferred" else "fsdp2", draws=name != "deferred")
+    case = Case("fsdp2" if name in ("deferred", "sharded extra state") else "ddp", draws=name != "deferred")
     made, _ = died_and_resumed(case, tmp_path, (1, phase, 7, 1 if phase != "step" else 0, "SIGKILL"), **OPTIONS[name])
     assert 6 <= made <= 9

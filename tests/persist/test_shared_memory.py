@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -41,15 +42,18 @@ class Run:
         optimizer: str = "adamw",
         job: str = "job",
         guarded: bool = True,
+        device: str = "cpu",
         **options: Any,
     ) -> None:
         folder.mkdir(exist_ok=True)
         torch.manual_seed(0)
         self.model = nn.Sequential(nn.Linear(width, 4), nn.BatchNorm1d(4), nn.Dropout(0.2), nn.Linear(4, 2))
+        self.model.to(device)
+        self.device = device
         kind = {"adamw": torch.optim.AdamW, "sgd": torch.optim.SGD, "adagrad": torch.optim.Adagrad}[optimizer]
         self.optimizer = kind(self.model.parameters(), lr=0.05)
         self.width = width
-        probe = LossProbe(lambda model, batch: model(batch).square().mean(), [torch.ones(8, width)])
+        probe = LossProbe(lambda model, batch: model(batch).square().mean(), [torch.ones(8, width, device=device)])
         self.controller = StabilityController(
             self.model,
             self.optimizer,
@@ -62,7 +66,7 @@ class Run:
     def steps(self, first: int, last: int, bad: int = -1) -> Run:
         for number in range(first, last):
             self.optimizer.zero_grad()
-            batch = torch.randn(6, self.width, generator=torch.Generator().manual_seed(number))
+            batch = torch.randn(6, self.width, generator=torch.Generator().manual_seed(number)).to(self.device)
             (self.model(batch).square().mean() * (float("nan") if number == bad else 1.0)).backward()
             self.controller.step()
         return self
@@ -166,6 +170,21 @@ def test_a_run_goes_on_bit_for_bit(optimizer: str, tmp_path: Path) -> None:
     assert ours(tmp_path) == []
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_on_a_device_the_file_is_page_locked_and_the_run_goes_on(tmp_path: Path) -> None:
+    whole = Run(tmp_path, job="other", device="cuda").steps(0, 12)
+    assert whole.controller._recovery.ring.safe.pinned
+    expected, random = whole.state(), torch.cuda.get_rng_state()
+    whole.controller.close()
+    Run(tmp_path, device="cuda").steps(0, 9).end()
+    run, found = resumed(tmp_path, device="cuda")
+    assert found.attempt == 8
+    assert equal(run.steps(8, 12).state(), expected) and torch.equal(torch.cuda.get_rng_state(), random)
+    run.controller.close()
+    assert ours(tmp_path) == []
+
+
 def test_a_slot_that_is_filled_again_is_not_offered(tmp_path: Path) -> None:
     run = Run(tmp_path, anchors=0).steps(0, 9)
 
@@ -228,6 +247,15 @@ def test_what_came_before_is_forgotten_at_the_second_seal(tmp_path: Path) -> Non
     assert not before & set(ours(tmp_path))
     run.controller.close()
     assert ours(tmp_path) == []
+
+
+def test_a_run_that_does_not_resume_says_what_it_removes(tmp_path: Path) -> None:
+    Run(tmp_path).steps(0, 4).end()
+    run = Run(tmp_path).steps(0, 1)
+    with pytest.warns(RuntimeWarning, match="had snapshots of an earlier process in .* nobody called resume"):
+        run.steps(1, 2)
+    run.end()
+    assert resumed(tmp_path)[1].attempt == 1
 
 
 def test_nothing_to_resume_from_is_said(tmp_path: Path) -> None:
@@ -574,6 +602,27 @@ def test_too_little_room_is_found_out_before_anything_is_made(tmp_path: Path, mo
     with pytest.raises(SnapshotError, match=r"snapshots need 0 MiB there .* and 0 MiB are free. Make it"):
         Run(tmp_path)
     assert ours(tmp_path) == []
+
+
+@pytest.fixture
+def tiny(tmp_path: Path) -> Iterator[Path]:
+    """A folder in memory with room for 32 KiB."""
+    folder = tmp_path / "tiny"
+    folder.mkdir()
+    made = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=32k", "none", str(folder)], capture_output=True)
+    if made.returncode:
+        pytest.skip("mounting needs root")
+    yield folder
+    subprocess.run(["umount", "-l", str(folder)], check=True)
+
+
+@pytest.mark.filterwarnings("ignore:.*could not be sealed")
+def test_room_for_the_parameters_but_not_for_what_the_optimizer_adds(tiny: Path) -> None:
+    run = Run(tiny, width=200)
+    with pytest.raises(SnapshotError, match=r"rank 0: persist=SharedMemory\(folder='.*tiny'\): snapshots need .* MiB"):
+        run.steps(0, 1)
+    run.controller.close()
+    assert ours(tiny) == []
 
 
 def test_a_file_that_cannot_be_made_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -18,6 +18,7 @@ import os
 import re
 import sys
 import tempfile
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -168,6 +169,7 @@ class Shelf(Memory):
         self._arenas: list[Arena] = []
         self._last: dict[Path, int] = {}  # which of the two seals of a slot is the newer one
         self._seals = 0
+        self._looked = False
         self._closed = False
         self._check_folder()
         remove_stale(self._folder, self._job)
@@ -227,7 +229,14 @@ class Shelf(Memory):
         self._last[memory.path] = which
         self._seals += 1
         if self._seals == 2:
-            self.forget_earlier()
+            gone = self.forget_earlier()
+            if gone and not self._looked:
+                warnings.warn(
+                    f"rank {self._rank}: job {self._job!r} had snapshots of an earlier process in {self._folder}, and "
+                    "nobody called resume(): they are removed now, as this run has its own",
+                    RuntimeWarning,
+                    stacklevel=2,
+                )
 
     def records(self, world: int, signature: int) -> tuple[list[Record], list[str]]:
         """What earlier processes of this job and rank left.
@@ -239,6 +248,7 @@ class Shelf(Memory):
         Returns:
             Records that are sound as far as their seals go, newest first; why others are not used.
         """
+        self._looked = True
         found: list[Record] = []
         said: list[str] = []
         overwritten = 0
@@ -271,11 +281,12 @@ class Shelf(Memory):
         if head.signature != signature:
             raise Unusable("is of another model or other optimizers")
 
-    def forget_earlier(self, but: Path | None = None) -> None:
-        """Remove what earlier processes of this job and rank left, except for one slot."""
-        for path in {file.slot for file in self._earlier()}:
-            if path != but:
-                self._remove(path)
+    def forget_earlier(self, but: Path | None = None) -> int:
+        """Remove what earlier processes of this job and rank left, except for one slot; how many slots that were."""
+        gone = {file.slot for file in self._earlier()} - {but}
+        for path in gone:
+            self._remove(path)
+        return len(gone)
 
     def _earlier(self) -> Iterator[FileName]:
         """Files of this job and rank that are not this shelf's; what was interrupted in its writing counts as well."""
