@@ -24,7 +24,7 @@ import torch
 import torch.distributed as dist
 
 from .errors import LockstepError
-from .signals.sums import constants, row
+from .signals.sums import joined, on_host
 from .watch import Watch
 
 _PIECES = 4
@@ -157,38 +157,43 @@ class Vote:
 
     def pack(self, ballot: Ballot) -> torch.Tensor:
         """The ballot as one float64 vector on the voting device. Enters no collective, waits for nothing."""
-        host = constants(self.device, [float(ballot.no), float(ballot.replan), ballot.weight])
-        parts = [host, self._flag(ballot.veto)]
+        parts: list[torch.Tensor | float] = [float(ballot.no), float(ballot.replan), ballot.weight]
+        parts += [self._flag(ballot.veto)]
         parts += [*self._finite(ballot.measurement, ballot.weight), *self._finite(ballot.square_sum, 1.0)]
         parts += self._finite(ballot.confirmation, ballot.weight)
         parts += [self._flag(found) for found in ballot.overflow]
-        whole = [self._whole(value) for value in ballot.agree.values()]
-        whole += [self._whole(ballot.checksums.get(ranks, 0)) for ranks in self.replica_groups]
-        if whole:
-            pieces = ((torch.stack(whole).unsqueeze(1) >> self._shifts) & _MASK).to(torch.float64).flatten()
-            parts += [pieces, pieces * pieces]
+        whole = [*ballot.agree.values(), *(ballot.checksums.get(ranks, 0) for ranks in self.replica_groups)]
+        pieces = [self._pieces(value) for value in whole]
+        for one in pieces:
+            parts += [one] if isinstance(one, torch.Tensor) else one
+        for one in pieces:
+            parts += [one * one] if isinstance(one, torch.Tensor) else [piece * piece for piece in one]
         if ballot.signals is not None:
             parts.append(ballot.signals.detach().to(self.device, torch.float64))
-        return torch.cat([part.reshape(-1) for part in parts])
+        return joined(self.device, parts)
 
-    def _flag(self, flag: torch.Tensor | bool) -> torch.Tensor:
-        if isinstance(flag, torch.Tensor):
+    def _flag(self, flag: torch.Tensor | bool) -> torch.Tensor | float:
+        if isinstance(flag, torch.Tensor) and not on_host(flag):
             return (flag.detach() != 0).to(self.device, torch.float64)
-        return row(self.device, float(flag))
+        return float(bool(flag))
 
-    def _finite(self, value: torch.Tensor | None, weight: float) -> tuple[torch.Tensor, torch.Tensor]:
+    def _finite(self, value: torch.Tensor | None, weight: float) -> tuple[torch.Tensor | float, torch.Tensor | float]:
         """(weighted value or 0, 1 if it is not finite): no NaN ever enters a collective."""
-        zero = torch.zeros((), dtype=torch.float64, device=self.device)
         if value is None or weight == 0.0:
-            return zero, zero
+            return 0.0, 0.0
+        if on_host(value):
+            number = float(value)
+            return (number * weight, 0.0) if math.isfinite(number) else (0.0, 1.0)
         value = value.detach().to(self.device, torch.float64)
         finite = torch.isfinite(value)
-        return torch.where(finite, value * weight, zero), (~finite).to(torch.float64)
+        return torch.where(finite, value * weight, 0.0), (~finite).to(torch.float64)
 
-    def _whole(self, value: int | torch.Tensor) -> torch.Tensor:
-        if isinstance(value, torch.Tensor):
-            return value.detach().to(self.device)
-        return torch.full((), _signed(value), dtype=torch.int64, device=self.device)
+    def _pieces(self, value: int | torch.Tensor) -> torch.Tensor | list[float]:
+        """A whole number cut into pieces of 16 bits, each exact in float64."""
+        if isinstance(value, torch.Tensor) and not on_host(value):
+            return ((value.detach().to(self.device) >> self._shifts) & _MASK).to(torch.float64)
+        number = int(value)
+        return [float(number >> shift & _MASK) for shift in _SHIFTS]
 
     @staticmethod
     def refused(vector: torch.Tensor) -> torch.Tensor:

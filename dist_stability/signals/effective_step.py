@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from dist_stability.parallel import local, optimizer_state
 from dist_stability.signals.base import Signal, SignalValues, StepContext
-from dist_stability.signals.sums import batches, constants, row
+from dist_stability.signals.sums import constants, row
+
+_MOMENTS = {"exp_avg", "exp_avg_sq", "step"}
 
 SAMPLE = 4096
 """Elements of each local tensor that are looked at, evenly spread over it."""
@@ -39,6 +41,7 @@ class EffectiveStep(Signal):
     def __init__(self) -> None:
         """Nothing to set."""
         self._mine: Tensor | None = None
+        self._samples: dict[int, _Sample] = {}
 
     def width(self, context: StepContext) -> int:
         """The sum over elements, and their number."""
@@ -51,42 +54,33 @@ class EffectiveStep(Signal):
     def after_step(self, context: StepContext) -> None:
         """Look at the moments that the step was made with."""
         replicas = {id(p): residence.replicas for _, p, residence in context.gradients.parameters}
-        means, roots, floors, steps, betas, weights = [], [], [], [], [], []
+        before, self._samples = self._samples, {}
+        kinds: dict[Any, list[tuple[_Sample, Tensor | float, float]]] = {}
         for optimizer, group in context.groups:
             states = optimizer_state(optimizer)
             partitioned = states is not optimizer.state  # ZeRO-1: the state lies on one rank only
+            floor, (beta1, beta2) = float(group.get("eps", 0.0)), map(float, group.get("betas", (0.0, 0.0)))
             for parameter in group["params"]:
-                state = states.get(parameter) or {}
-                if not {"exp_avg", "exp_avg_sq", "step"} <= state.keys():
+                state = states.get(parameter)
+                if not state or not state.keys() >= _MOMENTS:
                     continue
-                mean = local(state["exp_avg"])
-                square = local(state.get("max_exp_avg_sq", state["exp_avg_sq"]))
-                if mean.shape != square.shape or mean.numel() == 0:
-                    continue
-                means.append(_sample(mean))
-                roots.append(_sample(square))
-                floors.append(float(group.get("eps", 0.0)))
+                mean, square = state["exp_avg"], state.get("max_exp_avg_sq", state["exp_avg_sq"])
+                place = id(parameter)
+                sample = before.get(place)
+                if sample is None or not sample.fits(mean, square):
+                    sample = _Sample(mean, square)
+                    if not sample.elements:
+                        continue
+                self._samples[place] = sample
                 step = state["step"]
-                steps.append(local(step) if isinstance(step, Tensor) else step)
-                betas.append(tuple(map(float, group["betas"])))
-                weights.append(mean.numel() * (1.0 if partitioned else 1.0 / replicas[id(parameter)]))
+                weight = sample.elements if partitioned else sample.elements / replicas[place]
+                kind = sample.kind, floor, beta1, beta2
+                kinds.setdefault(kind, []).append((sample, local(step) if isinstance(step, Tensor) else step, weight))
         device = context.gradients.device
         with torch.no_grad():
-            found: list[Tensor | float] = [0.0] * len(means)
-            for batch in batches(means):
-                scale = torch._foreach_sqrt([roots[i].float() for i in batch])
-                torch._foreach_add_(scale, [floors[i] for i in batch])
-                ratios = torch._foreach_div([means[i].float() for i in batch], scale)
-                for index, total in zip(batch, torch._foreach_norm(ratios, 1, dtype=torch.float64), strict=True):
-                    found[index] = total
-            count = row(device, *steps)
-            first, second = (1.0 - constants(device, [beta[k] for beta in betas]) ** count for k in (0, 1))
-            weight = constants(device, weights)
-            size = row(device, *found) / constants(device, [float(mean.numel()) for mean in means])
-            size = size * second.sqrt() / first
-            # Where there was no gradient yet there is no step, and 0 / 0 elements are no weights that stand still.
-            begun = count > 0
-            self._mine = torch.stack([torch.where(begun, x, 0.0).sum() for x in (size * weight, weight)])
+            totals = [torch.zeros(2, dtype=torch.float64, device=device)]
+            totals += [_total(kind, members, device) for kind, members in kinds.items()]
+            self._mine = totals[-1] if len(totals) == 2 else torch.stack(totals).sum(dim=0)
 
     def collect(self) -> Tensor | None:
         """See :meth:`Signal.collect`."""
@@ -98,9 +92,62 @@ class EffectiveStep(Signal):
         return SignalValues({self.name: total / count} if count else {})
 
 
-def _sample(tensor: Tensor) -> Tensor:
-    """At most about ``SAMPLE`` elements, evenly spread, as real numbers; a view where the layout allows."""
-    if tensor.numel() <= SAMPLE and not tensor.is_complex():
-        return tensor
-    tensor = torch.view_as_real(tensor) if tensor.is_complex() else tensor
-    return tensor.reshape(-1)[:: math.ceil(tensor.numel() / SAMPLE)]
+class _Sample:
+    """At most about ``SAMPLE`` evenly spread elements of both moments of a tensor; views, where that is possible.
+
+    The components of complex numbers count as elements.
+    """
+
+    def __init__(self, mean: Tensor, square: Tensor) -> None:
+        """Choose them. None if the moments are of different shapes: factored ones."""
+        self._of, self._at = (mean, square), (_address(mean), _address(square))
+        whole = local(mean), local(square)
+        self.elements = whole[0].numel() if whole[0].shape == whole[1].shape else 0
+        self.kind = whole[0].device, whole[0].dtype, whole[1].dtype
+        self._whole, self._views = whole, tuple(map(_spread, whole))
+        self._are_views = all(
+            view.untyped_storage().data_ptr() == one.untyped_storage().data_ptr()
+            for view, one in zip(self._views, whole, strict=True)
+        )
+        self.size = self._views[0].numel()
+
+    def fits(self, mean: Tensor, square: Tensor) -> bool:
+        """Whether these are still the tensors it was made from, at the same place."""
+        same = mean is self._of[0] and square is self._of[1]
+        return same and self._at == (_address(mean), _address(square))
+
+    @property
+    def moments(self) -> tuple[Tensor, ...]:
+        """As they are now."""
+        return self._views if self._are_views else tuple(map(_spread, self._whole))
+
+
+def _address(tensor: Tensor) -> int:
+    return (tensor if type(tensor) is Tensor else local(tensor)).data_ptr()
+
+
+def _spread(tensor: Tensor) -> Tensor:
+    flat = (torch.view_as_real(tensor) if tensor.is_complex() else tensor).reshape(-1)
+    return flat if flat.numel() <= SAMPLE else flat[:: -(-flat.numel() // SAMPLE)]
+
+
+def _total(
+    kind: tuple[Any, float, float, float],
+    members: Sequence[tuple[_Sample, Tensor | float, float]],
+    device: torch.device,
+) -> Tensor:
+    """Sum of |m^| / (sqrt(v^) + eps) over the elements of some tensors of one kind, and their number."""
+    _, floor, beta1, beta2 = kind
+    samples, steps, weights = zip(*members, strict=True)
+    means, squares = zip(*(sample.moments for sample in samples), strict=True)
+    sizes = [sample.size for sample in samples]
+    scale = torch.cat(squares).float().sqrt_().add_(floor)
+    ratios = torch.cat(means).float().div_(scale).split(sizes)
+    sums = torch.stack(torch._foreach_norm(ratios, 1, dtype=torch.float64)).to(device, non_blocking=True)
+    count = row(device, *steps)
+    weight = constants(device, weights)
+    size = (
+        sums / constants(device, [float(size) for size in sizes]) * (1.0 - beta2**count).sqrt() / (1.0 - beta1**count)
+    )
+    # Where there was no gradient yet there is no step, and 0 / 0 elements are no weights that stand still.
+    return torch.where(count > 0, torch.stack([size * weight, weight]), 0.0).sum(dim=1)

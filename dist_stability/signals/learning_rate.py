@@ -32,7 +32,8 @@ class LearningRate(Signal):
         self._mine = None
         if rates:
             device = context.gradients.device
-            self._mine = row(device, row(device, *rates).max(), 1.0)
+            known = not any(isinstance(rate, Tensor) for rate in rates)
+            self._mine = row(device, max(rates) if known else row(device, *rates).max(), 1.0)
 
     def collect(self) -> Tensor | None:
         """See :meth:`Signal.collect`."""

@@ -22,6 +22,7 @@ from dist_stability.signals.gradients import Gradients
 from dist_stability.signals.learning_rate import LearningRate
 from dist_stability.signals.loss import TrainingLoss
 from dist_stability.signals.loss_scale import LossScale
+from dist_stability.signals.sums import constants, joined, on_host
 from dist_stability.snapshot.plan import StatePlan
 
 
@@ -84,18 +85,21 @@ class Monitor:
 
         The first half are the numbers (0 for one that is not finite), the second half says which are not.
         """
-        parts: list[Tensor] = []
+        parts: list[Tensor | list[float]] = []
         for signal, width in zip(self.signals, self._widths, strict=True):
             if signal.name not in self.errors:
                 with self._caught(signal):
                     parts.append(self._summands(signal, width))
             if signal.name in self.errors:
-                parts.append(torch.full((width,), math.nan, dtype=torch.float64, device=self._device))
-        if not parts:
-            return torch.zeros(0, dtype=torch.float64, device=self._device)
-        values = torch.cat(parts)
-        finite = values.isfinite()
-        return torch.cat([torch.where(finite, values, 0.0), (~finite).to(torch.float64)])
+                parts.append([math.nan] * width)
+        if all(isinstance(part, list) for part in parts):
+            numbers = [number for part in parts for number in part]
+            finite = [math.isfinite(number) for number in numbers]
+            known = [number if good else 0.0 for number, good in zip(numbers, finite, strict=True)]
+            return constants(self._device, [*known, *(float(not good) for good in finite)])
+        values = joined(self._device, [one for part in parts for one in (part if isinstance(part, list) else [part])])
+        bad = ~values.isfinite()
+        return torch.cat([torch.where(bad, 0.0, values), bad.to(torch.float64)])
 
     def read(self, sums: Sequence[float]) -> SignalValues:
         """What the sums over all ranks say. Call it once per step: signals with a memory learn from it.
@@ -134,15 +138,16 @@ class Monitor:
             if signal.name in state:
                 signal.load_state_dict(state[signal.name])
 
-    def _summands(self, signal: Signal, width: int) -> Tensor:
+    def _summands(self, signal: Signal, width: int) -> Tensor | list[float]:
+        """Numbers where the host has them anyway; else a tensor, which nobody waits for."""
         mine = signal.collect()
         if mine is None:
-            return torch.zeros(width, dtype=torch.float64, device=self._device)
+            return [0.0] * width
         if mine.shape != (width,):
             raise ValueError(
                 f"signal {signal.name}: collect() gave shape {list(mine.shape)}, expected [{width}] as in width()"
             )
-        return mine.to(self._device, torch.float64, non_blocking=True)
+        return mine.tolist() if on_host(mine) else mine.to(self._device, torch.float64)
 
     @contextmanager
     def _caught(self, signal: Signal) -> Iterator[None]:

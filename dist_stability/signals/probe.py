@@ -263,7 +263,11 @@ def _set_training(modules: Iterable[nn.Module], flags: Iterable[bool]) -> None:
     weights), and one call for the whole tree cannot bring back a mixture.
     """
     for module, training in zip(modules, flags, strict=False):
-        if module.training is not training:
+        if module.training is training:
+            continue
+        if type(module).__setattr__ is nn.Module.__setattr__ and "training" in vars(module):
+            vars(module)["training"] = training  # what that would do in the end
+        else:
             module.training = training
 
 

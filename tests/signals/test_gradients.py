@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dist_stability.parallel import Residence
-from dist_stability.signals import Gradients
+from dist_stability.signals import Gradients, sums
 
 ALONE = Residence((0,))
 NAN, INF = math.nan, math.inf
@@ -30,6 +30,16 @@ def of(*gradients: Tensor | None, norm: Any = None, replicas: int = 1) -> Gradie
 
 
 class NoSync(TorchDispatchMode):
+    """Nothing inside reads a tensor on the host; the CPU stands for a device that would have to be waited for."""
+
+    def __enter__(self) -> Any:
+        sums._HOST = "none"
+        return super().__enter__()
+
+    def __exit__(self, *exception: Any) -> None:
+        sums._HOST = "cpu"
+        super().__exit__(*exception)
+
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         assert func not in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default), func
         return func(*args, **(kwargs or {}))

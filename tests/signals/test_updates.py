@@ -254,6 +254,30 @@ def test_effective_step_weighs_tensors_by_their_elements_and_needs_both_moments(
     assert effective(only, sgd) == {}
 
 
+@pytest.mark.parametrize("layout", ["plain", "transposed", "large"])
+@pytest.mark.parametrize("change", ["in place", "other tensors", "other memory"])
+def test_effective_step_follows_the_moments_wherever_they_go(change: str, layout: str) -> None:
+    shape = (90, 100) if layout == "large" else (6, 4)
+    model = nn.Module()
+    model.weight = nn.Parameter(torch.ones(shape).t() if layout == "transposed" else torch.ones(shape))
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.1)
+    model.weight.grad = torch.full_like(model.weight, 3.0)
+    optimizer.step()
+    signal, state = EffectiveStep(), optimizer.state[model.weight]
+    signal.after_step(step_context(model, optimizer))
+    for name in ("exp_avg", "exp_avg_sq"):
+        new = torch.full_like(state[name], 0.05 if name == "exp_avg" else 0.001)
+        if change == "in place":
+            state[name].copy_(new)
+        elif change == "other tensors":
+            state[name] = new
+        else:
+            state[name].data = new
+    signal.after_step(step_context(model, optimizer))
+    total, count = signal.collect().tolist()
+    assert total / count == pytest.approx(0.5, rel=1e-4)
+
+
 def test_effective_step_changes_no_state_and_takes_low_precision() -> None:
     weight = nn.Parameter(torch.ones(8, dtype=torch.bfloat16))
     model = nn.Module()
