@@ -30,6 +30,7 @@ from dist_stability import (
     StabilityStop,
     Verdict,
 )
+from dist_stability.signals.sums import nothing_on_host
 from dist_stability.snapshot import RandomState
 from dist_stability.testing import FaultInjector, StateImage, capture_state, compare
 from dist_stability.verdict import Action
@@ -504,7 +505,8 @@ def host_reads(optimizer: torch.optim.Optimizer) -> Iterator[HostReads]:
     for name in originals:
         setattr(Tensor, name, noting(name))
     try:
-        yield reads
+        with nothing_on_host():
+            yield reads
     finally:
         for name, original in originals.items():
             setattr(Tensor, name, original)

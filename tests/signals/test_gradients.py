@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dist_stability.parallel import Residence
-from dist_stability.signals import Gradients, sums
+from dist_stability.signals import Gradients
+from dist_stability.signals.sums import nothing_on_host
 
 ALONE = Residence((0,))
 NAN, INF = math.nan, math.inf
@@ -33,12 +34,13 @@ class NoSync(TorchDispatchMode):
     """Nothing inside reads a tensor on the host; the CPU stands for a device that would have to be waited for."""
 
     def __enter__(self) -> Any:
-        sums._HOST = "none"
+        self._elsewhere = nothing_on_host()
+        self._elsewhere.__enter__()
         return super().__enter__()
 
     def __exit__(self, *exception: Any) -> None:
-        sums._HOST = "cpu"
         super().__exit__(*exception)
+        self._elsewhere.__exit__(None, None, None)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         assert func not in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default), func

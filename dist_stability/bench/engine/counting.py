@@ -20,6 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from dist_stability import parallel
+from dist_stability.signals.sums import nothing_on_host
 
 HOST_READS = ("item", "tolist", "numpy", "cpu", "__bool__", "__float__", "__int__", "__index__", "is_nonzero", "equal")
 """Functions of a tensor that give its values to the host, and so wait for the device."""
@@ -47,7 +48,7 @@ class Counts:
         ours: Those on the groups that were asked about, by function.
         own_bytes: Bytes of the largest tensor that was all-reduced on those groups.
         host_reads: On CUDA: calls that waited for the device. Elsewhere: reads of tensor values by Python, by function;
-            what lies on the host anyway (a step counter) would cost nothing on a GPU and is counted here all the same.
+            the CPU is taken for a device there, and what lies on the host anyway is counted as well.
     """
 
     collectives: Counter[str] = field(default_factory=Counter)
@@ -97,6 +98,7 @@ def counting(device: torch.device, groups: tuple[Any, ...] = ()) -> Iterator[Cou
         if device.type == "cuda":
             stack.enter_context(_cuda_syncs(counts))
         else:
+            stack.enter_context(nothing_on_host())
             stack.enter_context(_Read(counts))
         stack.enter_context(_Dispatched(counts))
         yield counts
