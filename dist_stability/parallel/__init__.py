@@ -6,7 +6,19 @@ Everything here works without torch.distributed initialized, and where torch was
 
 from ._classes import this_rank
 from .layout import Layout, Residence, optimizer_state, residence
-from .modules import data_replica, describe, forward_groups, forward_module, has_collectives, reshard
+from .modules import (
+    data_replica,
+    describe,
+    forward_groups,
+    forward_module,
+    has_collectives,
+    is_compiled,
+    named_modules,
+    original_class,
+    reshard,
+    standalone,
+    unwrapped,
+)
 from .norm import clip_grad_norm_
 from .tensors import Wrapping, is_dtensor, is_wrapped_as, local, wrapping
 
@@ -20,12 +32,17 @@ __all__ = [
     "forward_groups",
     "forward_module",
     "has_collectives",
+    "is_compiled",
     "is_dtensor",
     "is_wrapped_as",
     "local",
+    "named_modules",
     "optimizer_state",
+    "original_class",
     "reshard",
     "residence",
+    "standalone",
     "this_rank",
+    "unwrapped",
     "wrapping",
 ]

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch.distributed as dist
 from torch import nn
 
 from . import _fsdp1, _fsdp2
-from ._classes import DDP, compiled_inner
+from ._classes import DDP, FSDP1, FSDP2, compiled_inner
 from .layout import around
 from .tensors import is_dtensor
 
@@ -24,6 +25,65 @@ def forward_module(model: nn.Module) -> nn.Module:
     inner = compiled_inner(model)
     unwrapped = model if inner is None else inner
     return unwrapped.module if isinstance(unwrapped, DDP) else model
+
+
+def unwrapped(module: nn.Module) -> nn.Module:
+    """The module inside DDP, FSDP1, ``torch.compile`` and activation checkpoint wrappers, however they are stacked.
+
+    For looking at structure and for hooks; a forward belongs to the wrapper.
+    """
+    while True:
+        inner = compiled_inner(module)
+        if inner is None and isinstance(module, (DDP, FSDP1)):
+            inner = module.module
+        if inner is None:
+            inner = getattr(module, "_checkpoint_wrapped_module", None)
+        if inner is None:
+            return module
+        module = inner
+
+
+def is_compiled(model: nn.Module) -> bool:
+    """Whether any module of the tree runs compiled, wrapped by ``torch.compile`` or by its own ``compile()``."""
+    return any(
+        compiled_inner(part) is not None or getattr(part, "_compiled_call_impl", None) is not None
+        for part in model.modules()
+    )
+
+
+def original_class(module: nn.Module) -> type[nn.Module]:
+    """The class that a module was written as; ``fully_shard`` gives it a subclass of its own."""
+    kind = type(module)
+    first, *others = kind.__bases__
+    return others[0] if len(others) == 1 and issubclass(first, FSDP2) else kind
+
+
+def named_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Every module but the wrappers of :func:`unwrapped`, each once, by its name in the model without wrappers."""
+    seen: set[int] = set()
+
+    def walk(name: str, module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+        module = unwrapped(module)
+        if id(module) in seen:
+            return
+        seen.add(id(module))
+        yield name, module
+        for child, part in module.named_children():
+            yield from walk(f"{name}.{child}" if name else child, part)
+
+    yield from walk("", model)
+
+
+def standalone(model: nn.Module, part: nn.Module) -> bool:
+    """Whether a forward of this part of the model, right after the model's own, finds whole parameters to work with.
+
+    Always without sharding. Under FSDP2 if ``fully_shard`` was applied to the part itself (or to parts of it that have
+    all its parameters between them). Never under FSDP1 or tensor parallelism. Ask while the model is sharded.
+    """
+    if _fsdp1.units(model):
+        return False
+    own = {id(parameter) for parameter in _fsdp2.parameters(part)}
+    return all(id(parameter) in own or not is_dtensor(parameter) for parameter in part.parameters())
 
 
 def has_collectives(model: nn.Module) -> bool:
