@@ -104,6 +104,7 @@ def _experiment(options: argparse.Namespace) -> int:
             workers=options.workers,
             device=options.device,
             data=options.data,
+            probe_size=options.probe_size,
             quick=options.quick,
         )
     except (MissingExtra, ValueError) as error:
@@ -178,6 +179,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     experiment.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: %(default)s")
     experiment.add_argument("--data", type=Path, metavar="DIR", help="folder of CIFAR-10; without it: digits")
+    experiment.add_argument("--probe-size", type=int, metavar="N", help="held-out examples in the probe; default: 16")
     experiment.add_argument("--quick", action="store_true", help="a few steps of everything, to see that it runs")
     experiment.set_defaults(run=_experiment)
 

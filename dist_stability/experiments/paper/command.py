@@ -48,6 +48,7 @@ def experiment(
     workers: int = 1,
     device: str = "auto",
     data: Path | None = None,
+    probe_size: int | None = None,
     quick: bool = False,
 ) -> int:
     """Run what is missing, then write ``summary.json``, the figures, ``report.html`` and ``tables.md``.
@@ -66,6 +67,7 @@ def experiment(
         workers: Processes at a time; without meaning under ``torchrun``.
         device: "auto", "cpu" or "cuda".
         data: Folder of CIFAR-10, for vision; without the data set in it, scikit-learn's digits.
+        probe_size: Held-out examples in the probe; default: see :func:`protocol`.
         quick: A few steps of everything.
 
     Returns:
@@ -76,7 +78,7 @@ def experiment(
 
     Collectives: under ``torchrun`` all ranks call it together, and the runs are done in their group.
     """
-    chosen = protocol(name, data=data, quick=quick)
+    chosen = protocol(name, data=data, quick=quick, probe_size=probe_size)
     grid = Grid(
         protocol=chosen,
         out=out,
@@ -185,6 +187,9 @@ def _own_command(grid: Grid, quick: bool) -> str:
         words += [f"--{option}", *names]
     if grid.arms != ARMS:
         words += ["--arms", *grid.arms]
+    usual = protocol(grid.protocol.experiment, data=grid.data, quick=quick).probe_size
+    if grid.protocol.probe_size != usual:
+        words += ["--probe-size", str(grid.protocol.probe_size)]
     words += ["--device", grid.device, *(["--data", str(grid.data)] if grid.data is not None else [])]
     words += [*(["--quick"] if quick else []), "--out", str(grid.out)]
     return shlex.join(words)

@@ -155,17 +155,22 @@ class Protocol:
         raise ValueError(f"unknown fault {name!r}; known: {', '.join(FAULTS)}")
 
 
-def protocol(experiment: str, *, data: Path | None = None, quick: bool = False) -> Protocol:
+def protocol(
+    experiment: str, *, data: Path | None = None, quick: bool = False, probe_size: int | None = None
+) -> Protocol:
     """The protocol of an experiment.
 
     Args:
         experiment: One of :data:`EXPERIMENTS`.
         data: Folder that may hold CIFAR-10; without it, vision is scikit-learn's digits.
+        probe_size: Held-out examples in the probe; default 16, the paper's.
         quick: A few steps of everything, to see that it runs; no number of it means anything.
 
     Raises:
-        ValueError: Unknown experiment.
+        ValueError: Unknown experiment, or a probe of nothing.
     """
+    if probe_size is not None and probe_size < 1:
+        raise ValueError(f"--probe-size {probe_size}: must be at least 1")
     if experiment == "text":
         chosen = Protocol("text", ("phrase", "text"))
     elif experiment == "vision":
@@ -175,12 +180,12 @@ def protocol(experiment: str, *, data: Path | None = None, quick: bool = False) 
     else:
         raise ValueError(f"unknown experiment {experiment!r}: choose from {', '.join(EXPERIMENTS)}")
     if not quick:
-        return chosen
+        return chosen if probe_size is None else replace(chosen, probe_size=probe_size)
     return replace(
         chosen,
         steps=14,
         batch_size=8,
-        probe_size=4,
+        probe_size=4 if probe_size is None else probe_size,
         start=6,
         length=2,
         early=3,

@@ -50,6 +50,15 @@ def test_every_command_line_parses(experiment: str, parallel: str, tmp_path: Pat
     assert {fault for arm, fault in seen if arm in ("clean", "guarded-clean")} == {NO_FAULT}
 
 
+def test_another_probe_is_another_protocol(tmp_path: Path) -> None:
+    chosen = protocol("vision", probe_size=48)
+    assert chosen.gamma == 48 / (3 * 128)
+    asked = grid(tmp_path, protocol=chosen, tasks=chosen.tasks[:1])
+    assert {parsed(asked, run).probe_size for run in runs_of(asked) if run.arm in ("clean", "guarded")} == {48}
+    with pytest.raises(ValueError, match=r"--probe-size 0: must be at least 1"):
+        protocol("vision", probe_size=0)
+
+
 def test_the_arms_are_what_they_are_called(tmp_path: Path) -> None:
     asked = grid(tmp_path)
     rules = {arm: parsed(asked, place(arm)).rule for arm in ARMS if arm not in (TUNED, ROLLBACK, "twin")}
