@@ -35,6 +35,7 @@ from .attempt import Phases, one_line
 from .errors import LockstepError, SnapshotError
 from .recovery import Recovery
 from .snapshot import Digests, EntryState, ForwardState, RandomState, Slot, SlotState, StatePlan
+from .snapshot.catalogue import Catalogue
 from .snapshot.tiers.form import Rebuilt, differing, facts, trees
 from .snapshot.tiers.record import Head, Unusable, dumps, fitted, loads
 from .snapshot.tiers.shared_memory import Record, SharedMemory, Shelf
@@ -99,7 +100,7 @@ class Persistence:
         count = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
         self._setting, self._extra_state = setting, extra_state
         self.shelf = Shelf(setting, parallel.this_rank(), count)
-        self._form: tuple[StatePlan | None, bytes] = (None, b"")
+        self._form: tuple[StatePlan | None, tuple[bytes, bytes]] = (None, (b"", b""))
         self._said_full = False
         self._before_fetch = RandomState.capture()
         for name, stateful in extra_state.items():
@@ -149,9 +150,11 @@ class Persistence:
             return
         assert slot.forward is not None
         try:
+            form, where = self._form_of(slot)
             data = {
                 "optimizers": self._kinds(),
-                "form": self._form_of(slot.plan),
+                "form": form,
+                "where": where,
                 "trees": trees(slot),
                 "sums": slot.sums,
                 "digests": {ranks: int(digest) for ranks, digest in slot.digests.items()},
@@ -174,7 +177,7 @@ class Persistence:
                 slot.payload,
                 time.time(),
             )
-            self.shelf.seal(slot.memory, head, data, tell)
+            self.shelf.seal(slot.memory, head, dumps(data), tell)
         except OSError as error:
             if not self._said_full:
                 self._said_full = True
@@ -196,10 +199,12 @@ class Persistence:
     def _kinds(self) -> list[str]:
         return [type(optimizer).__qualname__ for optimizer in self._optimizers]
 
-    def _form_of(self, plan: StatePlan) -> bytes:
-        """The form of a plan, pickled once."""
+    def _form_of(self, slot: Slot) -> tuple[bytes, bytes]:
+        """The form of a slot's plan and its catalogue, each pickled once."""
+        plan, first = slot.plan, self.vote.ranks[0]
         if self._form[0] is not plan:
-            self._form = plan, dumps(facts(plan))
+            catalogue = Catalogue.of(self._model, plan, slot.held, slot.starts, first)
+            self._form = plan, (dumps(facts(plan)), dumps(catalogue))
         return self._form[1]
 
     # ------------------------------------------------------------------ resuming

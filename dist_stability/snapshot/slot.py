@@ -224,6 +224,11 @@ class Slot:
         return self._arena
 
     @property
+    def starts(self) -> tuple[int, ...]:
+        """Byte at which each piece of the plan begins in its memory."""
+        return self._layout.starts
+
+    @property
     def held(self) -> tuple[tuple[Held, ...], ...]:
         """For each optimizer, what of its state is no tensor, and the places of the tensors."""
         return self._held

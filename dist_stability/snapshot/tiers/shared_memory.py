@@ -22,7 +22,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 
@@ -215,7 +215,7 @@ class Shelf(Memory):
 
     # ------------------------------------------------------------------ records
 
-    def seal(self, memory: Arena | FoundArena, head: Head, body: Any, on_chunk: Callable[[], object]) -> None:
+    def seal(self, memory: Arena | FoundArena, head: Head, body: bytes, on_chunk: Callable[[], object]) -> None:
         """Make what a slot holds findable. The seal before stays; what earlier processes left goes at the second one.
 
         At the second, because by then all ranks have made the first: there was a vote in between.
