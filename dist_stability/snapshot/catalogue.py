@@ -92,6 +92,7 @@ class Catalogue:
         aliases: Other names of a parameter, by its name: weights that are tied have several.
         parameters: For each optimizer and each of its groups, the names of its parameters.
         modules: Name of each module of the model, in order, as buffers are kept by number.
+        passing: Buffers that are not in a state dict: (number of the module, name).
         problem: Why there are no places and boxes; "" if there are.
     """
 
@@ -100,6 +101,7 @@ class Catalogue:
     aliases: dict[str, tuple[str, ...]] = field(default_factory=dict)
     parameters: tuple[tuple[tuple[str, ...], ...], ...] = ()
     modules: tuple[str, ...] = ()
+    passing: frozenset[tuple[int, str]] = frozenset()
     problem: str = ""
 
     def buffer(self, number: int, name: str) -> str:
@@ -120,6 +122,9 @@ class Catalogue:
             first: The first of the ranks that train together.
         """
         modules = tuple(name for name, _ in model.named_modules())
+        passing = frozenset(
+            (number, name) for number, each in enumerate(model.modules()) for name in each._non_persistent_buffers_set
+        )
         problem = parallel.without_boxes(model, plan.optimizers)
         if problem:
             return cls(modules=modules, problem=problem)
@@ -178,7 +183,7 @@ class Catalogue:
             )
             for optimizer in plan.optimizers
         )
-        return cls(tuple(places), tuple(boxes), aliases, parameters, modules)
+        return cls(tuple(places), tuple(boxes), aliases, parameters, modules, passing)
 
 
 def ranges(

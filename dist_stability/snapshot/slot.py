@@ -177,7 +177,9 @@ class Slot:
         if not self._transfers:
             self.state = SlotState.COMPLETE
 
-    def take(self, plan: StatePlan, memory: FoundArena, attempt: int, digests: Digests, sums: torch.Tensor) -> None:
+    def take(
+        self, plan: StatePlan, memory: Arena | FoundArena, attempt: int, digests: Digests, sums: torch.Tensor
+    ) -> None:
         """Become the copy that another process made under a plan of the same form. Nothing is read or compared yet.
 
         Args:

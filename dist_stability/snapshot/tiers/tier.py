@@ -6,7 +6,7 @@ another host, a disk) are given the sealed slot of some attempts by the courier,
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
@@ -16,6 +16,7 @@ from .record import Head
 
 if TYPE_CHECKING:
     from .courier import Channel
+    from .dcp import Wanted
 
 Key = tuple[int, int, int]
 """What is equal on all ranks for one moment: (attempts made, commit, history)."""
@@ -40,17 +41,49 @@ class Found(Protocol):
         """
 
 
+class Whole(Protocol):
+    """One moment of all ranks: any part of any tensor can be read from it, whoever wrote it."""
+
+    @property
+    def head(self) -> Head:
+        """Of the first rank."""
+
+    @property
+    def body(self) -> bytes:
+        """Of this rank, or of the first one if there were others than now.
+
+        Raises:
+            Unusable: It cannot be read.
+        """
+
+    def check(self, place: int, count: int) -> None:
+        """Compare digests: rank number ``place`` of ``count`` does its part, and all together do everything.
+
+        Raises:
+            Unusable: Something is damaged.
+        """
+
+    def reading(self, wanted: Sequence[Wanted]) -> Callable[[], None]:
+        """What reads some parts, planned before anything is written to.
+
+        Raises:
+            Unusable: It lacks a part, or has it in another form.
+        """
+
+
 @dataclass(frozen=True)
 class Listing:
-    """What a tier has for this rank.
+    """What a tier has.
 
     Attributes:
-        found: Moments that are sound as far as can be told without reading all of them, newest first.
+        found: Moments of this rank that are sound as far as can be told without reading all of them, newest first.
         said: Why others are not used.
+        whole: Moments of all ranks, likewise.
     """
 
-    found: list[Found]
+    found: Sequence[Found]
     said: list[str]
+    whole: Sequence[Whole] = ()
 
 
 class Tier(Protocol):
@@ -58,9 +91,14 @@ class Tier(Protocol):
 
     Attributes:
         name: For messages, as in "from shared memory".
+        where: The same with what it looks for there.
     """
 
     name: str
+
+    @property
+    def where(self) -> str:
+        """See the class."""
 
     def list(self, world: int, signature: int) -> Listing:
         """What earlier processes left for this rank. Local.
@@ -70,8 +108,8 @@ class Tier(Protocol):
             signature: Of the plan.
         """
 
-    def resumed(self, found: Found | None) -> None:
-        """The run goes on from a moment of this tier (None: of another one). Local."""
+    def begin(self, made: int, found: Found | None) -> None:
+        """The run goes on with attempt ``made``, from a moment of this tier, or (None) of another one. Local."""
 
     def close(self, keep: bool) -> None:
         """The end: of an ordinary run, or (``keep``) of one that will be started again. Local, idempotent."""
@@ -108,8 +146,9 @@ class SlowTier(Tier, Protocol):
     def deliver(self, delivery: Delivery, channel: Channel) -> None:
         """Take a slot. Called on all ranks, by the courier's thread, one at a time.
 
-        Whatever it does together with other ranks goes through ``channel``. What it raises is a warning on every rank;
-        the state that was delivered before must still be there then.
+        Whatever it does together with other ranks goes through ``channel``, and whatever may fail on one rank is done
+        in ``channel.together``: that raises Undelivered on all of them, which becomes a warning, and the next delivery
+        is tried. Anything else it raises ends the deliveries of this run. What was delivered before must still be there.
         """
 
     def settle(self, channel: Channel) -> None:
