@@ -385,7 +385,7 @@ class Persistence:
                 if ready is not None:
                     ready.rebuilt.undo()
                     ready.close()
-                notes += [f"attempt {key[0]}: {text}" for text in _notes({r: [t] for r, t in failed.items()})]
+                notes += [f"attempt {key[0]} on {text}" for text in _notes({r: [t] for r, t in failed.items()})]
         self._recovery.plan = self._recovery.build_plan()
         why = "; ".join(notes) if notes else "no earlier process left anything"
         places = " or ".join(tier.where for tier in self.tiers)
@@ -597,7 +597,7 @@ def _named(sources: Mapping[int, str]) -> str:
 
 def _missing(everyone: Mapping[int, list[Any]], chosen: Key | None) -> list[str]:
     """Which newer moments are not used, because some ranks do not have them."""
-    newest = max((keys[0] for keys in everyone.values() if keys), default=None)
+    newest = max((key for keys in everyone.values() for key in keys), default=None)
     if newest is None or newest == chosen:
         return []
     without = [rank for rank, keys in everyone.items() if newest not in keys]

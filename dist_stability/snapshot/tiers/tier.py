@@ -148,7 +148,7 @@ class SlowTier(Tier, Protocol):
 
         Whatever it does together with other ranks goes through ``channel``, and whatever may fail on one rank is done
         in ``channel.together``: that raises Undelivered on all of them, which becomes a warning, and the next delivery
-        is tried. Anything else it raises ends the deliveries of this run. What was delivered before must still be there.
+        is tried. Anything else it raises ends the deliveries of this run. What was delivered before stays.
         """
 
     def settle(self, channel: Channel) -> None:
