@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -155,22 +156,22 @@ def test_the_same_ranks_go_on_bit_for_bit(name: str, tmp_path: Path) -> None:
 
 
 CHANGES = {
-    "ddp to fsdp2": ("ddp", "fsdp2"),
-    "fsdp2 to ddp": ("fsdp2", "ddp"),
-    "fsdp2 to one": ("fsdp2", "single"),
-    "one to fsdp2": ("single", "fsdp2"),
-    "ddp to uneven": ("ddp", "fsdp2-uneven"),
-    "uneven to ddp": ("fsdp2-uneven", "ddp"),
-    "tp to ddp": ("tp", "ddp"),
-    "hsdp to fsdp2": ("hsdp", "fsdp2"),
-    "fsdp2 to hsdp": ("fsdp2", "hsdp"),
+    "ddp to fsdp2": (Case("ddp"), Case("fsdp2")),
+    "fsdp2 to ddp": (Case("fsdp2"), Case("ddp")),
+    "fsdp2 to one": (Case("fsdp2"), Case("single")),
+    "one to fsdp2": (Case("single"), Case("fsdp2")),
+    "buffers": (Case("ddp", model="conv", optimizer="sgd"), Case("single", model="conv", optimizer="sgd")),
+    "three to two": (Case("fsdp2", ranks=3), Case("fsdp2")),
+    "two to three": (Case("ddp"), Case("fsdp2", ranks=3)),
+    "hsdp to fsdp2": (Case("hsdp"), Case("fsdp2")),
+    "fsdp2 to hsdp": (Case("fsdp2"), Case("hsdp")),
 }
 FIRST = ("ddp to fsdp2", "fsdp2 to ddp", "fsdp2 to one")
 
 
 @pytest.mark.parametrize("name", [pytest.param(n, marks=() if n in FIRST else pytest.mark.slow) for n in CHANGES])
 def test_another_kind_of_parallelism_takes_over_equal_values(name: str, tmp_path: Path) -> None:
-    old, new = (Case(mode, scheduler=True, optimizer="adamw-foreach") for mode in CHANGES[name])
+    old, new = (replace(case, scheduler=True) for case in CHANGES[name])
     before = harness.pool(zoo.world_of(old)).run(run, old, str(tmp_path), "", 8)
     after = harness.pool(zoo.world_of(new)).run(run, new, str(tmp_path))
     start = after[0][2]

@@ -332,7 +332,7 @@ class CheckpointFolder:
                 if head.job != self.setting.job:
                     raise Unusable(f"is of job {head.job!r}, and this one is {self.setting.job!r}")
                 if head.signature != signature:
-                    raise Unusable("is of another model or other optimizers")
+                    raise Unusable("is of another model, other optimizers or other parameter groups")
                 missing = manifest.missing()
                 if missing:
                     raise Unusable(f"is damaged: {'; '.join(missing[:3])}")
