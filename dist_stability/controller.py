@@ -49,9 +49,10 @@ from .learning_rate import RateCut, announced
 from .ledger import Ledger
 from .measured_cadence import MeasuredCadence
 from .measuring import Measuring
+from .persistence import Persistence
 from .recovery import Recovery
 from .replay import Replay
-from .resume import Persistence, Resumed
+from .resume import Resumed
 from .rules import Guarantees, PredictiveInnovation, Rule, settings_of
 from .rules.panel import Panel, Trend
 from .rules.trend import SlowDivergence

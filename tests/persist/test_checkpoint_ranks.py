@@ -18,7 +18,7 @@ from zoo import Case
 
 from dist_stability import Checkpoints, SharedMemory, parallel
 from dist_stability.snapshot.plan import bare
-from dist_stability.snapshot.tiers.checkpoints import attempts, read_manifest
+from dist_stability.snapshot.tiers.manifest import attempts, read_manifest
 from dist_stability.testing import FaultInjector, StateImage, capture_state, compare
 
 FAULT = "gradient-scale:step=8,factor=300"

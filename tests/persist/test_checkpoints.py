@@ -21,8 +21,8 @@ from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_di
 
 from dist_stability import Checkpoints, LossProbe, Resumed, SharedMemory, StabilityController
 from dist_stability.snapshot.catalogue import ranges
-from dist_stability.snapshot.tiers import checkpoints, record
-from dist_stability.snapshot.tiers.checkpoints import attempts, read_manifest, surplus
+from dist_stability.snapshot.tiers import record
+from dist_stability.snapshot.tiers.manifest import attempts, read_manifest, surplus, write_manifest
 from dist_stability.snapshot.tiers.processes import Owner
 from dist_stability.snapshot.tiers.record import Unusable
 
@@ -364,7 +364,7 @@ def test_memory_that_went_bad_is_not_written(tmp_path: Path) -> None:
 
 def test_a_manifest_cut_anywhere_or_flipped_is_found(tmp_path: Path) -> None:
     head = record.Head("job", 0, 1, 2**63 + 5, 7, 6, 11, 3, 4096, 1.5)
-    checkpoints.write_manifest(tmp_path, head, {"a": (3, "00")})
+    write_manifest(tmp_path, head, {"a": (3, "00")})
     path = tmp_path / "manifest.json"
     whole = path.read_bytes()
     assert read_manifest(tmp_path).head == head

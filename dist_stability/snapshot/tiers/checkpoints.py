@@ -15,8 +15,6 @@ Every rank needs to see the same folder.
 from __future__ import annotations
 
 import contextlib
-import hashlib
-import json
 import os
 import re
 import shutil
@@ -24,7 +22,7 @@ import tempfile
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -33,6 +31,7 @@ from ..arena import Arena
 from ..catalogue import Catalogue
 from . import record
 from .form import At
+from .manifest import NAME, Manifest, attempts, file_digest, read_manifest, surplus, write_manifest
 from .processes import Owner
 from .record import Head, Unusable, loads
 from .tier import Delivery, Found, Listing, Whole
@@ -41,9 +40,7 @@ if TYPE_CHECKING:
     from .courier import Channel
     from .dcp import Wanted
 
-_MANIFEST = "manifest.json"
 _METADATA = ".metadata"
-_NAME = re.compile(r"attempt-(\d{8,})(\.\d+)?")
 _PARTIAL = re.compile(r"\.attempt-.*\.(?P<owner>p\d.+)\.partial")
 _FOREIGN = 24 * 3600.0
 """Seconds after which what another host was writing, and does not touch any more, counts as left behind."""
@@ -74,108 +71,6 @@ class Checkpoints:
         for name, value in (("every", self.every), ("keep", self.keep)):
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise ValueError(f"persist=Checkpoints({name}={value!r}): expected a whole number of 1 or more")
-
-
-@dataclass(frozen=True)
-class Manifest:
-    """What a checkpoint says of itself.
-
-    Attributes:
-        path: Its folder.
-        head: Of the first rank.
-        files: By name, (bytes, digest).
-    """
-
-    path: Path
-    head: Head
-    files: Mapping[str, tuple[int, str]]
-
-    def damaged(self, names: Sequence[str] | None = None) -> list[str]:
-        """Read files (by default all) and say which are not as they were written."""
-        return [text for name in (self.files if names is None else names) if (text := self._wrong(name))]
-
-    def _wrong(self, name: str) -> str:
-        from .dcp import file_digest
-
-        try:
-            size, digest = file_digest(self.path / name)
-        except OSError as error:
-            return f"{name} cannot be read ({error.strerror})"
-        if size != self.files[name][0]:
-            return f"{name} has {size} bytes instead of {self.files[name][0]}"
-        return "" if digest == self.files[name][1] else f"{name} has other bytes than were written"
-
-    def missing(self) -> list[str]:
-        """The same by looking at sizes only."""
-        found = []
-        for name, (size, _) in self.files.items():
-            try:
-                now = (self.path / name).stat().st_size
-            except OSError as error:
-                found.append(f"{name} cannot be read ({error.strerror})")
-                continue
-            if now != size:
-                found.append(f"{name} has {now} bytes instead of {size}")
-        return found
-
-
-def write_manifest(folder: Path, head: Head, files: Mapping[str, tuple[int, str]]) -> None:
-    """Write it, down to the disk; OSError if there is no room."""
-    content = {"head": asdict(head), "files": {name: list(files[name]) for name in sorted(files)}}
-    with (folder / _MANIFEST).open("w") as file:
-        json.dump({"version": 1, "digest": _sum(content), **content}, file, indent=1)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def read_manifest(folder: Path) -> Manifest:
-    """Read it.
-
-    Raises:
-        Unusable: It is not there, cut short, damaged, or of another version.
-    """
-    try:
-        said = json.loads((folder / _MANIFEST).read_text())
-    except OSError as error:
-        raise Unusable(f"has no manifest that can be read ({error.strerror})") from error
-    except ValueError as error:
-        raise Unusable("has a manifest that is cut short or damaged") from error
-    try:
-        if said["version"] != 1:
-            raise Unusable("is of another version of this package")
-        content = {"head": said["head"], "files": said["files"]}
-        if said["digest"] != _sum(content):
-            raise Unusable("has a manifest that is cut short or damaged")
-        files = {str(name): (int(size), str(digest)) for name, (size, digest) in said["files"].items()}
-        return Manifest(folder, Head(**said["head"]), files)
-    except (KeyError, TypeError, ValueError) as error:
-        raise Unusable("has a manifest that is cut short or damaged") from error
-
-
-def _sum(content: Any) -> str:
-    return hashlib.blake2b(json.dumps(content, sort_keys=True).encode(), digest_size=16).hexdigest()
-
-
-def surplus(names: Sequence[str], keep: int, sound: Callable[[str], bool]) -> list[str]:
-    """What may go: everything after so many that are sound.
-
-    Args:
-        names: Newest first.
-        keep: How many sound ones stay.
-        sound: Whether one can be gone back to. Asked only as long as it matters.
-    """
-    good = 0
-    for place, name in enumerate(names):
-        if good >= keep:
-            return list(names[place:])
-        good += sound(name)
-    return []
-
-
-def attempts(folder: Path) -> list[Path]:
-    """The checkpoints in a folder by their names, newest first; OSError if it cannot be read."""
-    found = [(int(match[1]), path.name, path) for path in folder.iterdir() if (match := _NAME.fullmatch(path.name))]
-    return [path for _, _, path in sorted(found, reverse=True)]
 
 
 @dataclass(frozen=True)
@@ -352,7 +247,7 @@ class CheckpointFolder:
             return
         moved = []
         for path in attempts(self._folder):
-            match = _NAME.fullmatch(path.name)
+            match = NAME.fullmatch(path.name)
             if match is not None and int(match[1]) > made:
                 with contextlib.suppress(OSError):
                     path.rename(_free(self._folder, f"set-aside-{path.name}"))
@@ -398,9 +293,9 @@ class CheckpointFolder:
             written = dcp.write(partial, place, channel.rank, catalogue, data, values)
             delivery.tell()
             record.write(partial / _state(place), head, delivery.body, delivery.tell, sync=True)
-            files = {**written.files, _state(place): dcp.file_digest(partial / _state(place))}
+            files = {**written.files, _state(place): file_digest(partial / _state(place))}
             for name, known in written.files.items():
-                if dcp.file_digest(partial / name) != known:
+                if file_digest(partial / name) != known:
                     raise OSError(f"{name} does not read back as it was written")
             delivery.tell()
             return written.share, files

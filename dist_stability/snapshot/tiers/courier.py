@@ -38,6 +38,9 @@ from .tier import Delivery, SlowTier
 
 T = TypeVar("T")
 
+NOTICE = 0.5
+"""Seconds the training waits for the background before it says so."""
+
 PATIENCE = 600.0
 """Seconds that ranks wait for each other in the background: a slow disk may hold one of them up for long."""
 
@@ -285,13 +288,14 @@ class Courier:
                     ranks=(self.channel.rank,),
                     step=job.delivery.head.made,
                 )
-            self._say(
-                place,
-                "slow",
-                f"training waited {time.monotonic() - begin:.1f} s for {job.tier.name} of attempt "
-                f"{job.delivery.head.made}, which was still being written when the next was due: raise every= "
-                f"(now {job.tier.every})",
-            )
+            waited = time.monotonic() - begin
+            if waited > NOTICE:
+                self._say(
+                    place,
+                    "slow",
+                    f"training waited {waited:.1f} s for {job.tier.name} of attempt {job.delivery.head.made}, which "
+                    f"was still under way when the next was due: raise every= (now {job.tier.every})",
+                )
         self._finish(place)
 
     def _finish(self, place: int) -> None:

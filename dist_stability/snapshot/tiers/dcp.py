@@ -40,10 +40,8 @@ from torch.distributed.checkpoint.planner import (
 )
 
 from ..catalogue import Box, Catalogue
+from .manifest import DIGEST
 from .record import Unusable
-
-DIGEST = 32
-"""Bytes of the digest of a file."""
 
 
 class Written(NamedTuple):
@@ -222,16 +220,6 @@ class _Summed(io.RawIOBase):
 
     def close(self) -> None:
         """The file is closed by whoever opened it."""
-
-
-def file_digest(path: Path) -> tuple[int, str]:
-    """Bytes and digest of a file as the disk has it; OSError if it cannot be read."""
-    digest, size = hashlib.blake2b(digest_size=DIGEST), 0
-    with path.open("rb") as file:
-        while chunk := file.read(1 << 22):
-            digest.update(chunk)
-            size += len(chunk)
-    return size, digest.hexdigest()
 
 
 # ---------------------------------------------------------------------- reading
