@@ -18,7 +18,7 @@ from dist_stability.experiments.tasks import TASKS, TEXT_TASKS
 from dist_stability.testing import FaultInjector
 
 PARALLEL = ("single", "ddp", "fsdp1", "fsdp2", "hsdp")
-PERSIST = ("no", "shm")
+PERSIST = ("no", "shm", "disk", "shm,disk")
 RESUME = ("no", "auto")
 RULES = ("predictive", "fixed", "loss-rollback", "off")
 ADAPTIVE = "adaptive"
@@ -64,6 +64,8 @@ class Options:
     out: Path
     timeout: float
     persist: str
+    checkpoint_every: int
+    checkpoint_keep: int
     resume: str
     state_digest: bool
     parameter_norm: bool
@@ -189,7 +191,11 @@ def _problems(v: argparse.Namespace, world: int, launched: bool) -> list[str]:
         v.persist != "no" and (v.rule == "off" or v.observe),
         f"--persist {v.persist}: needs a rule that takes snapshots, not --rule off or --observe",
     )
-    refuse(v.resume != "no" and v.persist == "no", f"--resume {v.resume}: needs --persist shm, in every start")
+    refuse(v.resume != "no" and v.persist == "no", f"--resume {v.resume}: needs --persist, in every start")
+    refuse(
+        "disk" in v.persist and v.parallel == "fsdp1",
+        f"--persist {v.persist}: checkpoints cannot be written of --parallel fsdp1; use fsdp2, or --persist shm",
+    )
     refuse(v.zclip and v.clip_grad_norm > 0, "--zclip: excludes --clip-grad-norm, which clips the same gradients")
     refuse(v.zclip and v.rule != "off", f"--zclip: clips instead of refusing, so it needs --rule off, not {v.rule}")
     refuse(v.dropout > 0 and v.task not in TEXT_TASKS, f"--dropout: the model of --task {v.task} has none")
@@ -312,13 +318,22 @@ def _parser() -> argparse.ArgumentParser:
         "--persist",
         choices=PERSIST,
         default="no",
-        help="shm: keep the snapshots in shared memory, where a restarted process finds them",
+        help="shm: keep the snapshots in shared memory, where a restarted process finds them; disk: write checkpoints "
+        "to OUT/checkpoints beside the training, also for other numbers of ranks and kinds of parallelism",
     )
+    guard.add_argument(
+        "--checkpoint-every",
+        type=at_least_one,
+        default=100,
+        metavar="STEPS",
+        help="steps from one checkpoint to the next",
+    )
+    guard.add_argument("--checkpoint-keep", type=at_least_one, default=3, metavar="N", help="checkpoints that stay")
     guard.add_argument(
         "--resume",
         choices=RESUME,
         default="no",
-        help="auto: go on from the newest state that all ranks find in shared memory; from the start if there is none",
+        help="auto: go on from the newest state that all ranks find there; from the start if there is none",
     )
 
     trial = parser.add_argument_group("trials")

@@ -28,6 +28,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from dist_stability import (
     AdaptiveCadence,
+    Checkpoints,
     Escalation,
     FixedInnovation,
     LossProbe,
@@ -209,12 +210,22 @@ def _controller(job: Job, task: Task, record: RunRecorder) -> Controller:
         decision=options.decision,
         probe_on=options.probe_on,
         timeout=options.timeout,
-        persist=SharedMemory() if options.persist == "shm" else None,
+        persist=_persist(options),
         on_event=record.event,
         **(ALONE if options.rule in ("fixed", "loss-rollback") else {}),
     )
     job.injector.attach(controller)
     return controller
+
+
+def _persist(options: Options) -> list[SharedMemory | Checkpoints]:
+    """Where states outlive the process; nowhere if the list is empty."""
+    kept: list[SharedMemory | Checkpoints] = []
+    if "shm" in options.persist:
+        kept.append(SharedMemory())
+    if "disk" in options.persist:
+        kept.append(Checkpoints(options.out / "checkpoints", options.checkpoint_every, options.checkpoint_keep))
+    return kept
 
 
 def _injector(options: Options) -> FaultInjector:

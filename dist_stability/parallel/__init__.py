@@ -5,6 +5,7 @@ Everything here works without torch.distributed initialized, and where torch was
 """
 
 from ._classes import this_rank
+from .boxes import offsets, without_boxes
 from .layout import Layout, Residence, optimizer_state, residence
 from .modules import (
     data_replica,
@@ -37,6 +38,7 @@ __all__ = [
     "is_wrapped_as",
     "local",
     "named_modules",
+    "offsets",
     "optimizer_state",
     "original_class",
     "reshard",
@@ -44,5 +46,6 @@ __all__ = [
     "standalone",
     "this_rank",
     "unwrapped",
+    "without_boxes",
     "wrapping",
 ]
