@@ -103,8 +103,8 @@ class Peers:
             self.every = sys.maxsize
             if self._shelf.rank == min(hosts):
                 warnings.warn(
-                    f"persist=PeerCopies(): all {len(hosts)} ranks are on one host, and copies would be lost with it: "
-                    "none are made. If they are not, give the ranks of each host a name: PeerCopies(host=...)",
+                    f"persist=PeerCopies(): there is one host only (ranks: {len(hosts)}), and copies would be lost "
+                    "with it: none are made. If there are more, give the ranks of each a name: PeerCopies(host=...)",
                     RuntimeWarning,
                     stacklevel=2,
                 )
