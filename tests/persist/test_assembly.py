@@ -12,7 +12,8 @@ import torch
 
 from dist_stability.snapshot.catalogue import Box
 from dist_stability.snapshot.tiers import assembly
-from dist_stability.snapshot.tiers.assembly import Assembly, Part, runs
+from dist_stability.snapshot.tiers.assembly import Assembly, runs
+from dist_stability.snapshot.tiers.dcp import Wanted
 from dist_stability.snapshot.tiers.record import Unusable
 
 WHOLE = torch.arange(7 * 5 * 3, dtype=torch.float32).view(7, 5, 3)
@@ -35,8 +36,8 @@ def boxes(cuts: Sequence[Sequence[int]], transposed: bool = False) -> list[tuple
     return found
 
 
-def part(offsets: tuple[int, ...], sizes: tuple[int, ...]) -> Part:
-    return Part("x", tuple(WHOLE.shape), offsets, torch.full(sizes, torch.nan))
+def part(offsets: tuple[int, ...], sizes: tuple[int, ...]) -> Wanted:
+    return Wanted("x", tuple(WHOLE.shape), offsets, torch.full(sizes, torch.nan))
 
 
 def cut(draw: random.Random, size: int) -> list[int]:
@@ -50,35 +51,36 @@ def test_any_cut_from_any_other(transposed: bool) -> None:
         before, after = ([cut(draw, size) for size in WHOLE.shape] for _ in range(2))
         parts = [part(*each) for each in grid(after)]
         for one in parts:
-            made = Assembly([one])
-            for box, memory in draw.sample(given := boxes(before, transposed), len(given)):
+            given = boxes(before, transposed)
+            made = Assembly([one], [box for box, _ in given])
+            for box, memory in draw.sample(given, len(given)):
                 made.take(box, memory)
-            made.check()
-            place = tuple(slice(o, o + n) for o, n in zip(one.offsets, one.tensor.shape, strict=True))
-            assert torch.equal(one.tensor, WHOLE[place])
+            place = tuple(slice(o, o + n) for o, n in zip(one.offsets, one.target.shape, strict=True))
+            assert torch.equal(one.target, WHOLE[place])
 
 
-def test_a_gap_an_overlap_and_another_shape_are_named() -> None:
-    given = boxes([[0, 3, 7], [0, 5], [0, 3]])
-    for wrong in (given[:1], [*given, given[0]]):
-        made = Assembly([part((0, 0, 0), (7, 5, 3))])
-        for box, memory in wrong:
-            made.take(box, memory)
-        with pytest.raises(Unusable, match="every part of x exactly once"):
-            made.check()
-    with pytest.raises(Unusable, match="of shape"):
-        Assembly([part((0, 0, 0), (7, 5, 3))]).take(replace(given[0][0], shape=(7, 5, 4)), given[0][1])
+def test_a_gap_an_overlap_another_shape_and_another_type_are_named() -> None:
+    given = [box for box, _ in boxes([[0, 3, 7], [0, 5], [0, 3]])]
+    whole = [part((0, 0, 0), (7, 5, 3))]
+    for wrong in ([], given[:1], [*given, given[0]]):
+        with pytest.raises(Unusable, match="every part of x once"):
+            Assembly(whole, wrong)
+    with pytest.raises(Unusable, match=r"of shape \(7, 5, 4\)"):
+        Assembly(whole, [replace(given[0], shape=(7, 5, 4))])
+    with pytest.raises(Unusable, match=r"as torch\.float64"):
+        Assembly(whole, [replace(given[0], dtype=torch.float64)])
+    assert whole[0].target.isnan().all()
 
 
 def test_an_empty_part_and_a_number_need_nothing_special() -> None:
     number = Box("step", torch.float32, (), (), (), (), 0, 0)
-    parts = [part((7, 0, 0), (0, 5, 3)), Part("step", (), (), torch.zeros(()))]
-    made = Assembly(parts)
-    for box, memory in boxes([[0, 7], [0, 5], [0, 3]]):
+    parts = [part((7, 0, 0), (0, 5, 3)), Wanted("step", (), (), torch.zeros(()))]
+    given = boxes([[0, 7], [0, 5], [0, 3]])
+    made = Assembly(parts, [number, *(box for box, _ in given)])
+    for box, memory in given:
         made.take(box, memory)
     made.take(number, torch.tensor([4.0]).view(torch.uint8))
-    made.check()
-    assert parts[1].tensor == 4.0
+    assert parts[1].target == 4.0
 
 
 def test_what_is_sent_together_is_bounded_and_complete(monkeypatch: pytest.MonkeyPatch) -> None:

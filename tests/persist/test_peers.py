@@ -26,7 +26,7 @@ from dist_stability.snapshot.tiers.courier import Channel, Undelivered
 from dist_stability.snapshot.tiers.parcels import Parcel, rounds, send
 from dist_stability.snapshot.tiers.peers import Sources
 from dist_stability.snapshot.tiers.shared_memory import files
-from dist_stability.testing import capture_state, compare
+from dist_stability.testing import FaultInjector, capture_state, compare
 
 
 def slow(values: tuple[Any, ...]) -> Any:
@@ -147,18 +147,22 @@ def run(
     folder: str,
     kill: tuple[int, str, int, int] | None = None,
     places: tuple[int, ...] = (0, 1, 2, 3),
+    every: int = 2,
+    faults: tuple[str, ...] = (),
 ) -> Any:
     """Resume if there is something, and train to the end: (final state, the line of resume, its attempt)."""
     parcels.CHUNK = 3000
     setup = zoo.build(case, rank, world)
-    persist = settings(folder, places[rank]) if folder else None
-    with zoo.control(case, setup, persist=persist, timeout=10.0) as controller:
+    persist = settings(folder, places[rank], every) if folder else None
+    injector = FaultInjector.parse(faults)
+    with zoo.control(case, setup, injector=injector, persist=persist, timeout=10.0) as controller:
         start = controller.resume() if folder else None
         if kill is not None and kill[0] == rank:
             controller.add_phase_listener(Killer(kill[1], kill[2], kill[3], "SIGKILL"))
         for attempt in range(start.attempt if start is not None else 0, case.steps):
-            zoo._attempt(case, setup, attempt, zoo.fetch(case, setup, attempt), controller, None)
-            for scheduler in setup.extra_state.values():
+            zoo._attempt(case, setup, attempt, zoo.fetch(case, setup, attempt), controller, injector)
+            assert controller.verdict is not None
+            for scheduler in setup.extra_state.values() if controller.verdict.accepted else ():
                 scheduler.step()
         controller.finish()
     image = capture_state(setup.model, setup.optimizers, setup.extra_state)
@@ -169,21 +173,24 @@ _whole: dict[str, list[Any]] = {}
 _told: dict[str, int] = {}
 
 
-def resumed(case: Case, folder: Path, places: tuple[int, ...] = (0, 1, 2, 3)) -> list[Any]:
+def resumed(case: Case, folder: Path, places: tuple[int, ...] = (0, 1, 2, 3), **options: Any) -> list[Any]:
     """To the end, from what is in the folders; asserts that it ends as a run that was never interrupted."""
     pool = harness.pool(zoo.world_of(case))
-    if str(case) not in _whole:
-        _whole[str(case)] = pool.run(run, case, "")
-    again = pool.run(run, case, str(folder), None, places)
+    rest = (options.get("every", 2), options.get("faults", ()))
+    known = f"{case} {rest[1]}"
+    if known not in _whole:
+        _whole[known] = pool.run(run, case, "", None, places, *rest)
+    again = pool.run(run, case, str(folder), None, places, *rest)
     for rank in range(pool.world_size):
-        assert compare(_whole[str(case)][rank][0], again[rank][0]) == [], again[rank][1]
+        assert compare(_whole[known][rank][0], again[rank][0]) == [], again[rank][1]
         assert list(folder_of(str(folder), places[rank]).iterdir()) == []
     return again
 
 
-def died(case: Case, folder: Path, *kill: Any, places: tuple[int, ...] = (0, 1, 2, 3)) -> None:
+def died(case: Case, folder: Path, *kill: Any, places: tuple[int, ...] = (0, 1, 2, 3), **options: Any) -> None:
     pool = harness.pool(zoo.world_of(case))
-    found = pool.run(run, case, str(folder), kill, places, expect_failure=True, grace=5.0)
+    rest = (options.get("every", 2), options.get("faults", ()))
+    found = pool.run(run, case, str(folder), kill, places, *rest, expect_failure=True, grace=5.0)
     assert isinstance(found[kill[0]], harness.RankError) and found[kill[0]].type == "Died", found[kill[0]]
 
 
@@ -202,7 +209,7 @@ def test_a_rank_whose_host_is_lost_goes_on_from_its_copy(mode: str, lost: int, t
         assert attempt in (6, 8) and f"rank {lost}'s from rank {1 - lost}" in line, line
 
 
-TORN = {"the seal": 0, "the bytes": 3, "the digest": -2, "sealed": -1}
+TORN = {"the seal": 0, "the bytes": -4, "the digest": -2, "sealed": -1}
 """What of a copy rank 1 dies in, as a number of that step of a delivery."""
 
 FEW = {("the bytes", 0), ("the digest", 1)}
@@ -285,11 +292,21 @@ def test_hosts_that_come_back_in_another_order(tmp_path: Path) -> None:
 def test_lost_again_before_there_is_a_new_copy(tmp_path: Path) -> None:
     """What the first loss was answered with stays until all ranks have newer copies."""
     case = Case("ddp")
-    died(case, tmp_path, 1, "step", 9, 0)
+    died(case, tmp_path, 1, "step", 9, 0, every=4)
     lose(tmp_path, 1)
-    died(case, tmp_path, 0, "step", 9, 0)
+    died(case, tmp_path, 0, "step", 11, 0, every=4)
     lose(tmp_path, 1)
-    resumed(case, tmp_path)
+    for _, line, attempt in resumed(case, tmp_path, every=4):
+        assert attempt in (4, 8), line
+
+
+def test_refusals_after_a_copy_leave_its_moment_on_the_other_ranks(tmp_path: Path) -> None:
+    """A slot is sealed again at every refusal, twice as often as it has seals."""
+    case, faults = Case("ddp", scheduler=True), ("gradient-scale:step=8,factor=inf,length=3",)
+    died(case, tmp_path, 1, "gradients", 11, 0, every=4, faults=faults)
+    lose(tmp_path, 1)
+    for _, line, attempt in resumed(case, tmp_path, every=4, faults=faults):
+        assert attempt in (4, 8), line
 
 
 @pytest.mark.slow
@@ -331,10 +348,10 @@ def test_copies_need_shared_memory_to_be_copied_from(tmp_path: Path) -> None:
 # ---------------------------------------------------------------------- another number of ranks
 
 
-def until(rank: int, world: int, case: Case, folder: str, last: int) -> Any:
+def until(rank: int, world: int, case: Case, folder: str, last: int, split: bool | None = None) -> Any:
     """Train from the beginning: the whole state at the beginning of each attempt; leaves as a death would."""
     setup = zoo.build(case, rank, world)
-    controller = zoo.control(case, setup, persist=settings(folder, rank), timeout=10.0)
+    controller = zoo.control(case, setup, persist=settings(folder, rank), timeout=10.0, split_replicas=split)
     states = []
     for attempt in range(last):
         states.append(whole(setup))
@@ -362,11 +379,14 @@ def same(first: dict[str, Any], second: dict[str, Any]) -> bool:
     return list(first) == list(second) and all(torch.equal(first[name], second[name]) for name in first)
 
 
-@pytest.mark.parametrize("mode", ["ddp", "fsdp2-uneven", *(slow((mode,)) for mode in ("fsdp2", "fsdp2-empty"))])
+@pytest.mark.parametrize(
+    ("mode", "split"),
+    [("ddp", False), ("fsdp2-uneven", None), *(slow((mode, None)) for mode in ("ddp", "fsdp2", "fsdp2-empty"))],
+)
 @pytest.mark.filterwarnings("ignore:persist=PeerCopies")
-def test_one_rank_goes_on_with_what_two_had(mode: str, tmp_path: Path) -> None:
+def test_one_rank_goes_on_with_what_two_had(mode: str, split: bool | None, tmp_path: Path) -> None:
     case = Case(mode, scheduler=True)
-    states = harness.pool(2).run(until, case, str(tmp_path), 9)
+    states = harness.pool(2).run(until, case, str(tmp_path), 9, split)
     harness.pool(2).close()
     lose(tmp_path, 1)
     [(start, state, rates)] = harness.pool(1).run(taken_over, case, str(tmp_path))
