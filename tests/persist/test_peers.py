@@ -209,7 +209,7 @@ def lose(folder: Path, rank: int) -> None:
 
 
 @pytest.mark.parametrize(
-    ("mode", "lost"), [("ddp", 1), ("fsdp2", 0), *(slow(each) for each in [("ddp", 0), ("fsdp2", 1)])]
+    ("mode", "lost"), [("ddp", 1), ("fsdp2", 0), *(slow(each) for each in [("ddp", 0), ("fsdp2", 1), ("fsdp1", 1)])]
 )
 def test_a_rank_whose_host_is_lost_goes_on_from_its_copy(mode: str, lost: int, tmp_path: Path) -> None:
     case = Case(mode, scheduler=True)
