@@ -417,3 +417,14 @@ def test_three_ranks_go_on_with_what_two_of_them_have(mode: str, tmp_path: Path)
     (start, state, _), (_, other, _) = harness.pool(2).run(taken_over, case, str(tmp_path))
     assert start.attempt in (6, 8) and "3 ranks" in start.line, start.line
     assert same(states[0][start.attempt], state) and same(state, other)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:persist=PeerCopies")
+def test_a_host_that_joins_takes_its_part(tmp_path: Path) -> None:
+    case = Case("fsdp2")
+    [states] = harness.pool(1).run(until, case, str(tmp_path), 5)
+    harness.pool(1).close()
+    for start, state, _ in harness.pool(2).run(taken_over, case, str(tmp_path)):
+        assert start.attempt == 4 and "1 ranks" in start.line, start.line
+        assert same(states[4], state)
