@@ -43,21 +43,15 @@ def test_the_newest_moment_that_all_records_can_be_had_of() -> None:
     told = {0: {0: [newest, new, old], 1: [new, old]}, 1: {}, 2: {2: [new, old]}}
     sources = Sources(told, [0, 1, 2])
     assert sources.newest() == (new, {0: 0, 1: 0, 2: 2})
-    assert sources.without(newest) == [1, 2]
-    sources.drop(new, 1)
+    sources.drop(new)
     assert sources.newest() == (old, {0: 0, 1: 0, 2: 2})
     sources.drop(old)
     assert sources.newest() is None
 
 
-def test_an_own_record_comes_before_a_copy_and_a_copy_serves_when_it_is_no_good() -> None:
+def test_an_own_record_comes_before_a_copy() -> None:
     key = (4, 3, 1)
-    sources = Sources({0: {0: [key], 1: [key]}, 1: {0: [key], 1: [key]}}, [0, 1])
-    assert sources.newest() == (key, {0: 0, 1: 1})
-    sources.drop(key, 1)
-    assert sources.newest() == (key, {0: 0, 1: 0})
-    sources.drop(key, 1)
-    assert sources.newest() is None
+    assert Sources({0: {0: [key], 1: [key]}, 1: {0: [key], 1: [key]}}, [0, 1]).newest() == (key, {0: 0, 1: 1})
 
 
 def test_ranks_that_have_changed_places_send_each_other_theirs() -> None:

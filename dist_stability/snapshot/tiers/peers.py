@@ -314,22 +314,9 @@ class Sources:
                 return key, {rank: holders[rank][0] for rank in self._ranks}
         return None
 
-    def drop(self, key: Key, rank: int | None = None) -> None:
-        """A record was no good: look elsewhere for it. Without a rank, the whole moment is not to be used."""
-        if rank is None:
-            del self._of[key]
-        else:
-            del self._of[key][rank][0]
-
-    def without(self, key: Key) -> list[int]:
-        """Ranks whose record of a moment nobody has."""
-        holders = self._of.get(key, {})
-        return [rank for rank in self._ranks if not holders.get(rank)]
-
-    @property
-    def keys(self) -> list[Key]:
-        """All moments of which anybody has a record, newest first."""
-        return sorted(self._of, reverse=True)
+    def drop(self, key: Key) -> None:
+        """A record of this moment was no good."""
+        del self._of[key]
 
 
 def bring(
