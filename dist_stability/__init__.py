@@ -16,6 +16,7 @@ from .rules.trend import SlowDivergence
 from .rungs import Escalation
 from .signals import LossProbe
 from .snapshot.tiers.checkpoints import Checkpoints
+from .snapshot.tiers.peers import PeerCopies
 from .snapshot.tiers.shared_memory import SharedMemory
 from .verdict import Action, Judgement, Verdict
 
@@ -31,6 +32,7 @@ __all__ = [
     "LossProbe",
     "MeasuredCadence",
     "NonFiniteGuard",
+    "PeerCopies",
     "PredictiveInnovation",
     "Resumed",
     "SharedMemory",

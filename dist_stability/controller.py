@@ -49,7 +49,7 @@ from .learning_rate import RateCut, announced
 from .ledger import Ledger
 from .measured_cadence import MeasuredCadence
 from .measuring import Measuring
-from .persistence import Persistence
+from .persistence import Persistence, Setting
 from .recovery import Recovery
 from .replay import Replay
 from .resume import Resumed
@@ -59,8 +59,6 @@ from .rules.trend import SlowDivergence
 from .rungs import Escalation, Rung
 from .settlement import Outcome, Settlement
 from .signals import Gradients, JudgedPeriod, LossProbe, Monitor, Signal, SignalValues, StepContext, host_values
-from .snapshot.tiers.checkpoints import Checkpoints
-from .snapshot.tiers.shared_memory import SharedMemory
 from .startup import agree_on_replicas, agree_on_settings, make_vote, world_of
 from .validation import (
     check_not_fused_into_backward,
@@ -119,7 +117,8 @@ class StabilityController:
         reload: Loads the last persisted state in place (model, optimizer and everything else the loop resumes from),
             on all ranks together; returns the attempt it belongs to, or None. The ladder's last rung before a stop.
         persist: Keep states where they outlive the process: :meth:`resume` of a restarted one finds them. The snapshots
-            themselves in ``SharedMemory(...)``, some of them on disk with ``Checkpoints(...)``, or both in a list.
+            themselves in ``SharedMemory(...)``, some of them also on another host (``PeerCopies(...)``) or on disk
+            (``Checkpoints(...)``), or several of these in a list.
         on_event: Called on every rank with one dict for each attempt; deferred ones follow at the next step.
 
     Use it as a context manager around the loop: an exception in the loop then leaves the other ranks a note that says
@@ -163,7 +162,7 @@ class StabilityController:
         replica_check_every: int = 1,
         split_replicas: bool | None = None,
         shadow: bool = False,
-        persist: SharedMemory | Checkpoints | Sequence[SharedMemory | Checkpoints] | None = None,
+        persist: Setting | Sequence[Setting] | None = None,
         on_event: Callable[[dict[str, Any]], None] | None = None,
     ) -> None:
         """Check the arguments, agree on them with the other ranks, measure y(theta_0), take the first snapshot."""
@@ -261,6 +260,8 @@ class StabilityController:
         try:
             with self._noted():
                 agree_on_settings(self._vote, self._settings())
+                if self._persistence is not None:
+                    self._persistence.meet()
                 self._start()
         except BaseException:
             if self._persistence is not None:

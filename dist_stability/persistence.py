@@ -35,15 +35,16 @@ from .resume import Load, Resumed, Resuming, kinds
 from .snapshot import Memory, RandomState, Slot, SlotState, StatePlan
 from .snapshot.catalogue import Catalogue
 from .snapshot.tiers.checkpoints import CheckpointFolder, Checkpoints
-from .snapshot.tiers.courier import Courier
+from .snapshot.tiers.courier import Broken, Courier
 from .snapshot.tiers.form import facts, trees
+from .snapshot.tiers.peers import PeerCopies, Peers
 from .snapshot.tiers.record import Head, dumps
 from .snapshot.tiers.shared_memory import SharedMemory, Shelf
 from .snapshot.tiers.tier import Delivery, SlowTier, Tier
 from .startup import world_of
 from .vote import Vote
 
-Setting = SharedMemory | Checkpoints
+Setting = SharedMemory | Checkpoints | PeerCopies
 
 
 class Persistence:
@@ -80,10 +81,16 @@ class Persistence:
             if isinstance(setting, SharedMemory):
                 self.shelf = Shelf(setting, rank, count)
                 self.tiers.insert(0, self.shelf)
-            else:
+            elif isinstance(setting, Checkpoints):
                 folder = CheckpointFolder(setting, rank, ranks)
                 self.tiers.append(folder)
                 self._slow.append(folder)
+        copies = next((setting for setting in settings if isinstance(setting, PeerCopies)), None)
+        self._peers: Peers | None = None
+        if copies is not None and self.shelf is not None:
+            self._peers = Peers(copies, self.shelf)
+            self.tiers.insert(1, self._peers)
+            self._slow.insert(0, self._peers)
         self._job = next((setting.job for setting in settings if isinstance(setting, SharedMemory)), "")
         self._courier: Courier | None = None
         self._began = False
@@ -123,7 +130,8 @@ class Persistence:
             ValueError: State of this kind cannot be written as a checkpoint.
         """
         self._model, self._optimizers, self._recovery, self._phases = model, optimizers, recovery, phases
-        problem = parallel.without_boxes(model, optimizers) if self._slow else ""
+        written = any(isinstance(tier, CheckpointFolder) for tier in self.tiers)
+        problem = parallel.without_boxes(model, optimizers) if written else ""
         if problem:
             raise ValueError(
                 f"rank {parallel.this_rank()}: persist=Checkpoints(...): this state cannot be written as whole "
@@ -137,6 +145,11 @@ class Persistence:
         self.vote = vote
         if self._slow:
             self._courier = Courier(self._slow, self._recovery.ring, self._group, vote.ranks, vote.rank)
+
+    def meet(self) -> None:
+        """All ranks have the same settings. Collectives: with peer copies, two all-gathers."""
+        if self._peers is not None:
+            self._peers.join(self.vote.gather(self._peers.host, -1))
 
     def stop(self, wait: bool) -> None:
         """End what goes on in the background, before the slots are given back. Idempotent; enters no collective.
@@ -218,6 +231,7 @@ class Persistence:
                 {
                     "optimizers": kinds(self._optimizers),
                     "form": form,
+                    "starts": slot.starts,
                     "where": where,
                     "kind": parallel.describe(self._model),
                     "trees": trees(slot),
@@ -274,7 +288,13 @@ class Persistence:
         resuming = Resuming(
             self.tiers, self._model, self._optimizers, self._extra_state, self._recovery, self._phases, self.vote
         )
-        resumed = resuming.run(load, scaler)
+        notes: list[str] = []
+        if self._peers is not None and self._courier is not None:
+            try:
+                notes = self._peers.collect(self._courier.channel, self._recovery.plan.signature)
+            except Broken as error:
+                raise self.vote.lost(-1, error) from error
+        resumed = resuming.run(load, scaler, notes)
         if resumed:
             self._began = True
             self.mark()

@@ -126,12 +126,13 @@ class Resuming:
         self._tiers, self._model, self._optimizers, self._extra_state = tiers, model, optimizers, extra_state
         self._recovery, self._phases, self._vote = recovery, phases, vote
 
-    def run(self, load: Load, scaler: Any) -> Resumed:
+    def run(self, load: Load, scaler: Any, notes: Sequence[str] = ()) -> Resumed:
         """Restore the newest moment that every rank has. All ranks together; see the controller.
 
         Args:
             load: Gives the controller what it knew.
             scaler: The GradScaler of the loop, or None.
+            notes: To be said, the same on all ranks.
         """
         own: dict[Key, list[tuple[str, Found]]] = {}
         whole: dict[Key, tuple[str, Whole]] = {}
@@ -144,7 +145,7 @@ class Resuming:
                 whole.setdefault(each.head.key, (tier.name, each))
             said += listing.said[:4]
         told = self._vote.gather({"own": sorted(own), "whole": sorted(whole), "said": said}, -1)
-        notes = _notes({rank: one["said"] for rank, one in told.items()})
+        notes = [*notes, *_notes({rank: one["said"] for rank, one in told.items()})]
         common = {
             kind: set.intersection(*({tuple(key) for key in one[kind]} for one in told.values()))
             for kind in ("own", "whole")

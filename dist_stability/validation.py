@@ -14,6 +14,7 @@ from .rules import Rule
 from .rungs import Escalation
 from .signals import LossProbe
 from .snapshot.tiers.checkpoints import Checkpoints
+from .snapshot.tiers.peers import PeerCopies
 from .snapshot.tiers.shared_memory import SharedMemory
 
 MODES = ("enforce", "observe")
@@ -145,7 +146,7 @@ def check_settings(
         raise ValueError(f"timeout: expected seconds above 0, got {timeout!r}")
 
 
-def check_persist(persist: Any, mode: str) -> tuple[SharedMemory | Checkpoints, ...]:
+def check_persist(persist: Any, mode: str) -> tuple[SharedMemory | Checkpoints | PeerCopies, ...]:
     """Where states are kept, as a tuple; empty for nowhere.
 
     Raises:
@@ -156,12 +157,18 @@ def check_persist(persist: Any, mode: str) -> tuple[SharedMemory | Checkpoints, 
         return ()
     settings = (persist,) if not isinstance(persist, list | tuple) else tuple(persist)
     for setting in settings:
-        if not isinstance(setting, SharedMemory | Checkpoints):
+        if not isinstance(setting, SharedMemory | Checkpoints | PeerCopies):
             raise TypeError(
-                f"persist: expected SharedMemory(...), Checkpoints(...), a list of them, or None, got {_kind(setting)}"
+                f"persist: expected SharedMemory(...), PeerCopies(...), Checkpoints(...), a list of them, or None, got "
+                f"{_kind(setting)}"
             )
     if len({type(setting) for setting in settings}) < len(settings):
         raise ValueError(f"persist: {[_kind(setting) for setting in settings]}: give each of them once")
+    kinds = {type(setting) for setting in settings}
+    if PeerCopies in kinds and SharedMemory not in kinds:
+        raise ValueError(
+            "persist: PeerCopies() copies slots that lie in shared memory; give [SharedMemory(...), PeerCopies(...)]"
+        )
     if settings and mode != "enforce":
         raise ValueError(f"persist: mode={mode!r} takes no snapshots, so there is nothing to keep; leave it out")
     return settings

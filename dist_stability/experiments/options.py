@@ -18,7 +18,7 @@ from dist_stability.experiments.tasks import TASKS, TEXT_TASKS
 from dist_stability.testing import FaultInjector
 
 PARALLEL = ("single", "ddp", "fsdp1", "fsdp2", "hsdp")
-PERSIST = ("no", "shm", "disk", "shm,disk")
+PERSIST = ("no", "shm", "disk", "shm,disk", "shm,peers", "shm,peers,disk")
 RESUME = ("no", "auto")
 RULES = ("predictive", "fixed", "loss-rollback", "off")
 ADAPTIVE = "adaptive"
@@ -64,6 +64,7 @@ class Options:
     out: Path
     timeout: float
     persist: str
+    peer_every: int
     checkpoint_every: int
     checkpoint_keep: int
     resume: str
@@ -318,8 +319,16 @@ def _parser() -> argparse.ArgumentParser:
         "--persist",
         choices=PERSIST,
         default="no",
-        help="shm: keep the snapshots in shared memory, where a restarted process finds them; disk: write checkpoints "
-        "to OUT/checkpoints beside the training, also for other numbers of ranks and kinds of parallelism",
+        help="shm: keep the snapshots in shared memory, where a restarted process finds them; peers: some of them also "
+        "in that of another host; disk: write checkpoints to OUT/checkpoints beside the training, also for other "
+        "numbers of ranks and kinds of parallelism",
+    )
+    guard.add_argument(
+        "--peer-every",
+        type=at_least_one,
+        default=10,
+        metavar="STEPS",
+        help="steps from one copy on another host to the next",
     )
     guard.add_argument(
         "--checkpoint-every",

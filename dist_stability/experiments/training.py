@@ -33,6 +33,7 @@ from dist_stability import (
     FixedInnovation,
     LossProbe,
     NonFiniteGuard,
+    PeerCopies,
     PredictiveInnovation,
     Resumed,
     SharedMemory,
@@ -52,6 +53,7 @@ from dist_stability.experiments.unguarded import Unguarded
 from dist_stability.experiments.vision import DataMissing
 from dist_stability.experiments.wrapping import Processes, autocast, processes, wrap
 from dist_stability.parallel import clip_grad_norm_, data_replica, forward_module
+from dist_stability.persistence import Setting
 from dist_stability.report.extras import MissingExtra
 from dist_stability.rules import Rule
 from dist_stability.signals import GroupNorms, UpdateRatio, UpdateRms
@@ -218,11 +220,13 @@ def _controller(job: Job, task: Task, record: RunRecorder) -> Controller:
     return controller
 
 
-def _persist(options: Options) -> list[SharedMemory | Checkpoints]:
+def _persist(options: Options) -> list[Setting]:
     """Where states outlive the process; nowhere if the list is empty."""
-    kept: list[SharedMemory | Checkpoints] = []
+    kept: list[Setting] = []
     if "shm" in options.persist:
         kept.append(SharedMemory())
+    if "peers" in options.persist:
+        kept.append(PeerCopies(options.peer_every))
     if "disk" in options.persist:
         kept.append(Checkpoints(options.out / "checkpoints", options.checkpoint_every, options.checkpoint_keep))
     return kept

@@ -667,7 +667,10 @@ def test_bad_settings(tmp_path: Path) -> None:
     model = nn.Linear(2, 2)
     probe = LossProbe(lambda module, batch: module(batch).sum(), [torch.ones(1, 2)])
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    with pytest.raises(TypeError, match=r"persist: expected SharedMemory\(...\), Checkpoints\(...\), a list .*got str"):
+    with pytest.raises(
+        TypeError,
+        match=r"persist: expected SharedMemory\(...\), PeerCopies\(...\), Checkpoints\(...\), a list .*got str",
+    ):
         StabilityController(model, optimizer, probe, persist="/dev/shm")
     with pytest.raises(ValueError, match="persist: mode='observe' takes no snapshots"):
         StabilityController(model, optimizer, probe, persist=SharedMemory("job", tmp_path), mode="observe")

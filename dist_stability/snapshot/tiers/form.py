@@ -7,6 +7,7 @@ fills them.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -48,6 +49,25 @@ def facts(plan: StatePlan) -> dict[str, Any]:
         ],
         "share of this rank": [tuple(piece) for piece in plan.pieces],
     }
+
+
+def pieces_in(form: dict[str, Any], starts: Sequence[int], data: torch.Tensor) -> list[tuple[str, torch.Tensor]]:
+    """The pieces in the data of a slot whose plan is not here: the name of each one's entry, and a view of it.
+
+    Args:
+        form: From :func:`facts`, of that slot.
+        starts: Where each piece begins, in bytes.
+        data: Of that slot, uint8.
+    """
+    found = []
+    for (entry, first, last), start in zip(form["share of this rank"], starts, strict=True):
+        name, dtype, shape, stride, *_ = form["tensor"][entry]
+        kind = getattr(torch, dtype.removeprefix("torch."))
+        elements = data[start : start + (last - first) * kind.itemsize].view(kind)
+        if last - first == math.prod(shape):
+            elements = elements.view(shape) if stride is None else elements.as_strided(shape, stride)
+        found.append((name, elements))
+    return found
 
 
 def differing(saved: dict[str, Any], plan: StatePlan) -> str | None:

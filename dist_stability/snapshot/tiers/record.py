@@ -82,20 +82,26 @@ def write(path: Path, head: Head, body: bytes, on_chunk: Callable[[], object], s
     Raises:
         OSError: No room, or the folder has gone.
     """
-    said = json.dumps(asdict(head)).encode()
-    data = b"".join((MAGIC, len(said).to_bytes(4, "little"), said, body))
+    data = encoded(head, body)
     partial = path.with_name(f"{path.name}.partial")
     handle = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
     with os.fdopen(handle, "wb") as file:
-        file.write(data)
+        file.write(data[:-_DIGEST])
         file.flush()
         on_chunk()
-        file.write(_digest(data))
+        file.write(data[-_DIGEST:])
         if sync:
             file.flush()
             os.fsync(file.fileno())
     on_chunk()
     partial.replace(path)
+
+
+def encoded(head: Head, body: bytes) -> bytes:
+    """What the file of a seal holds."""
+    said = json.dumps(asdict(head)).encode()
+    data = b"".join((MAGIC, len(said).to_bytes(4, "little"), said, body))
+    return data + _digest(data)
 
 
 def read(path: Path) -> tuple[Head, bytes]:
@@ -110,6 +116,15 @@ def read(path: Path) -> tuple[Head, bytes]:
         data = path.read_bytes()
     except OSError as error:
         raise Unusable(f"cannot be read ({error.strerror})") from error
+    return decoded(data)
+
+
+def decoded(data: bytes) -> tuple[Head, bytes]:
+    """Undo :func:`encoded`.
+
+    Raises:
+        Unusable: It is not what was encoded.
+    """
     if data[: len(MAGIC)] != MAGIC:
         same = len(data) >= len(MAGIC) and data[: len(MAGIC) - 1] == MAGIC[:-1]
         raise Unusable("is of another version of this package" if same else "is cut short or damaged")

@@ -4,6 +4,8 @@ Names say everything that has to be known without opening a file::
 
     dist_stability.<user>.<job>.r<rank>.<owner>.<number>           the memory of a slot (arena.py)
     dist_stability.<user>.<job>.r<rank>.<owner>.<number>.a, .b     its last two seals (record.py)
+    dist_stability.<user>.<job>.r<rank>.<owner>.<number>.h<made>   a seal that stays as long as a copy of that moment
+    dist_stability.<user>.<job>.r<rank>.k<keeper>.<owner>...       a copy that another rank keeps (copies.py)
 
 A process makes files of its own and never writes to those of another, so what an earlier process of the same job and
 rank left stays as it was until it is superseded. Files of other jobs are removed if neither their process nor the one
@@ -36,6 +38,7 @@ from .tier import Found, Listing
 
 _PREFIX = "dist_stability"
 _SEALS = ("a", "b")
+_HELD = "h"
 _PARTIAL = "partial"
 _numbers = itertools.count()
 
@@ -85,14 +88,30 @@ def _job(environment: Mapping[str, str]) -> str:
 
 
 class FileName(NamedTuple):
-    """What the name of a file says. ``seal`` is "" for the memory of a slot."""
+    """What the name of a file says.
+
+    Attributes:
+        path: The file.
+        job: Of the setting.
+        rank: Whose state it is.
+        keeper: The rank that keeps this copy; None for the rank's own.
+        owner: The process that made it.
+        number: Tells files of one process apart.
+        seal: "" for the memory of a slot.
+    """
 
     path: Path
     job: str
     rank: int
+    keeper: int | None
     owner: Owner
     number: int
     seal: str
+
+    @property
+    def sealing(self) -> bool:
+        """Whether this is a seal, and was written to its end."""
+        return bool(self.seal) and not self.seal.endswith(_PARTIAL)
 
     @property
     def slot(self) -> Path:
@@ -104,14 +123,16 @@ def files(folder: Path) -> Iterator[FileName]:
     """This user's files in a folder, of all jobs."""
     user = os.getuid() if hasattr(os, "getuid") else 0
     pattern = re.compile(
-        rf"{_PREFIX}\.{user}\.(?P<job>[\w-]+)\.r(?P<rank>\d+)\.(?P<owner>p.+)\.(?P<number>\d+)"
-        rf"(\.(?P<seal>[ab](\.{_PARTIAL})?))?"
+        rf"{_PREFIX}\.{user}\.(?P<job>[\w-]+)\.r(?P<rank>\d+)(\.k(?P<keeper>\d+))?\.(?P<owner>p.+)\.(?P<number>\d+)"
+        rf"(\.(?P<seal>([ab]|h\d+)(\.{_PARTIAL})?))?"
     )
     for path in folder.iterdir():
         found = pattern.fullmatch(path.name)
         owner = None if found is None else Owner.parse(found["owner"])
         if found is not None and owner is not None:
-            yield FileName(path, found["job"], int(found["rank"]), owner, int(found["number"]), found["seal"] or "")
+            keeper = None if found["keeper"] is None else int(found["keeper"])
+            rank, number = int(found["rank"]), int(found["number"])
+            yield FileName(path, found["job"], rank, keeper, owner, number, found["seal"] or "")
 
 
 class Overwritten(SnapshotError):
@@ -155,6 +176,9 @@ class Shelf(Memory):
     Attributes:
         name: For messages.
         folder: Where.
+        keeps_held: Of what earlier processes left, moments of which another host has copies stay for now.
+        awaits_copies: They stay until there are copies of newer ones; otherwise until the second seal.
+        here: The ranks that are on this host, if that is known.
     """
 
     name = "shared memory"
@@ -171,10 +195,15 @@ class Shelf(Memory):
         self._owner = Owner.this()
         self._pid = os.getpid()
         self._arenas: list[Arena] = []
+        self._kept: list[Arena] = []
+        self._landed: list[Path] = []
+        self._first = next(_numbers)
         self._last: dict[Path, int] = {}  # which of the two seals of a slot is the newer one
         self._seals = 0
         self._looked = False
         self._closed = False
+        self.keeps_held = self.awaits_copies = False
+        self.here: frozenset[int] | None = None
         self._check_folder()
         remove_stale(self.folder, self._job)
         mine = (self.folder, self._job, rank)
@@ -186,6 +215,11 @@ class Shelf(Memory):
                 f"rank {rank}: persist=SharedMemory(job={self._job!r}): the snapshots of this job and rank in "
                 f"{self.folder} belong to {whose}, which runs. Give each run a job name of its own, or end that one"
             )
+
+    @property
+    def rank(self) -> int:
+        """Global rank."""
+        return self._rank
 
     @property
     def place(self) -> tuple[Path, str, int]:
@@ -210,12 +244,39 @@ class Shelf(Memory):
         """See Memory; files of slots that have given theirs back go first."""
         for arena in [arena for arena in self._arenas if not arena.nbytes]:
             self._arenas.remove(arena)
-            self._remove(arena.path)
-        name = f"{_PREFIX}.{os.getuid()}.{self._job}.r{self._rank}.{self._owner}.{next(_numbers)}"
+            self.remove(arena.path)
         _open.add(self)
-        arena = Arena(nbytes, device, self.folder / name)
+        arena = Arena(nbytes, device, self._new(f"r{self._rank}"))
         self._arenas.append(arena)
         return arena
+
+    def make_copy(self, rank: int, nbytes: int) -> Arena:
+        """The memory of a copy of another rank's slot.
+
+        Raises:
+            SnapshotError: There is not that much memory.
+        """
+        self.check(nbytes, 1)
+        arena = Arena(nbytes, None, self._new(f"r{rank}.k{self._rank}"))
+        self._kept.append(arena)
+        return arena
+
+    def land(self, nbytes: int) -> Arena:
+        """Memory for a slot of this rank that comes from another host. Sealed, it is as if it had been left here.
+
+        It goes at the second seal of this process. Close it before.
+
+        Raises:
+            SnapshotError: There is not that much memory.
+        """
+        self.check(nbytes, 1)
+        _open.add(self)
+        path = self._new(f"r{self._rank}")
+        self._landed.append(path)
+        return Arena(nbytes, None, path)
+
+    def _new(self, whose: str) -> Path:
+        return self.folder / f"{_PREFIX}.{os.getuid()}.{self._job}.{whose}.{self._owner}.{next(_numbers)}"
 
     @property
     def where(self) -> str:
@@ -230,6 +291,8 @@ class Shelf(Memory):
 
     def begin(self, made: int, found: Found | None) -> None:
         """See Tier: the other slots of earlier processes are of no use any more."""
+        if found is None and self.keeps_held:
+            return  # until there are seals of this process: the state came from slots like these
         self.forget_earlier(but=found.path if isinstance(found, Record) else None)
 
     def seal(self, memory: Arena | FoundArena, head: Head, body: bytes, on_chunk: Callable[[], object]) -> None:
@@ -246,7 +309,12 @@ class Shelf(Memory):
         self._last[memory.path] = which
         self._seals += 1
         if self._seals == 2:
+            for path in self._landed:
+                self.remove(path)
+            self._landed = []
             gone = self.forget_earlier()
+            if not self.awaits_copies:
+                self.supersede()
             if gone and not self._looked:
                 warnings.warn(
                     f"rank {self._rank}: job {self._job!r} had snapshots of an earlier process in {self.folder}, and "
@@ -255,26 +323,44 @@ class Shelf(Memory):
                     stacklevel=2,
                 )
 
-    def records(self, world: int, signature: int) -> tuple[builtins.list[Record], builtins.list[str]]:
-        """What earlier processes of this job and rank left.
+    def hold(self, slot: Path, head: Head, body: bytes) -> Path:
+        """Seal a moment of a slot once more, apart from its last two: stays until it is removed.
+
+        Raises:
+            OSError: No room.
+        """
+        path = slot.with_name(f"{slot.name}.h{head.made}")
+        record.write(path, head, body, lambda: None)
+        return path
+
+    def ranks(self) -> builtins.list[int]:
+        """Ranks of which something that earlier processes of this job left is in the folder."""
+        return sorted({file.rank for file in self._left()})
+
+    def records(
+        self, world: int | None, signature: int, rank: int | None = None
+    ) -> tuple[builtins.list[Record], builtins.list[str]]:
+        """What earlier processes of this job left of a rank, copies of its slots included.
 
         Args:
-            world: Number of ranks.
+            world: Number of ranks; None for any.
             signature: Of the plan.
+            rank: This one by default.
 
         Returns:
             Records that are sound as far as their seals go, newest first; why others are not used.
         """
         self._looked = True
+        rank = self._rank if rank is None else rank
         found: list[Record] = []
-        said: list[str] = []
+        wrong: dict[str, list[str]] = {}
         overwritten = 0
-        for file in self._earlier():
-            if file.seal not in _SEALS:
+        for file in self._left():
+            if file.rank != rank or not file.sealing:
                 continue
             try:
                 head, body = record.read(file.path)
-                self._check(head, world, signature)
+                self._check(head, rank, world, signature)
                 one = Record(head, body, file.slot)
                 try:
                     one.open().close()
@@ -285,15 +371,20 @@ class Shelf(Memory):
                     raise Unusable(f"is of no use: {error}") from error
                 found.append(one)
             except Unusable as error:
-                said.append(f"slot {file.number}, seal {file.seal} {error}")
+                whose = "" if file.keeper is None else f" of rank {rank}, kept by rank {file.keeper}"
+                wrong.setdefault(str(error), []).append(f"slot {file.number}{whose}, seal {file.seal}")
+        said = [
+            f"{seals[0]} {error}{f' (and {len(seals) - 1} more)' if seals[1:] else ''}"
+            for error, seals in wrong.items()
+        ]
         if overwritten and not found:
             said.append(f"{overwritten} seals are of slots that were filled again, and not sealed")
         return sorted(found, key=lambda one: one.head.key, reverse=True), said
 
-    def _check(self, head: Head, world: int, signature: int) -> None:
-        if (head.job, head.rank) != (self._job, self._rank):
+    def _check(self, head: Head, rank: int, world: int | None, signature: int) -> None:
+        if (head.job, head.rank) != (self._job, rank):
             raise Unusable(f"is of rank {head.rank} of job {head.job!r}, whatever its name says")
-        if head.world != world:
+        if world is not None and head.world != world:
             raise Unusable(f"was made by {head.world} ranks, and there are {world}")
         if head.signature != signature:
             raise Unusable("is of another model or other optimizers")
@@ -301,16 +392,38 @@ class Shelf(Memory):
     def forget_earlier(self, but: Path | None = None) -> int:
         """Remove what earlier processes of this job and rank left, except for one slot; how many slots that were."""
         gone = {file.slot for file in self._earlier()} - {but}
+        if self.keeps_held:
+            gone -= {file.slot for file in self._earlier() if file.seal.startswith(_HELD)}
         for path in gone:
-            self._remove(path)
+            self.remove(path)
         return len(gone)
+
+    def supersede(self) -> None:
+        """What earlier processes left is not needed any more, the moments of which there are copies included."""
+        if self.keeps_held:
+            self.keeps_held = False
+            self.forget_earlier()
+            self._forget_copies()
+
+    def _forget_copies(self) -> None:
+        """Remove what earlier processes of this rank kept for others, and of ranks that are not on this host now."""
+        for file in list(self._left()):
+            maker = file.rank if file.keeper is None else file.keeper
+            gone = maker >= self._count or (self.here is not None and maker not in self.here)
+            if (file.keeper == self._rank) or (gone and not file.owner.alive()):
+                self.remove(file.slot)
 
     def _earlier(self) -> Iterator[FileName]:
         """Files of this job and rank that are not this shelf's; what was interrupted in its writing counts as well."""
-        mine = {arena.path for arena in self._arenas}
-        for file in files(self.folder):
-            if (file.job, file.rank) == (self._job, self._rank) and file.slot not in mine:
-                yield file
+        return (file for file in self._left() if file.rank == self._rank and file.keeper is None)
+
+    def _left(self) -> Iterator[FileName]:
+        """Files of this job that are not this shelf's."""
+        return (
+            file
+            for file in files(self.folder)
+            if file.job == self._job and not (file.owner == self._owner and file.number > self._first)
+        )
 
     # ------------------------------------------------------------------ the end
 
@@ -327,27 +440,30 @@ class Shelf(Memory):
         _open.discard(self)
         if keep or os.getpid() != self._pid:  # a forked child's copy of this object
             return
+        self.keeps_held = False
         self.forget_earlier()
+        self._forget_copies()
         self.discard()
-        for file in files(self.folder):
-            if file.job == self._job and file.rank >= self._count and not file.owner.alive():
-                file.path.unlink(missing_ok=True)
 
     def discard(self) -> None:
         """Remove the files of this process."""
-        for arena in self._arenas:
-            self._remove(arena.path)
-        self._arenas = []
+        for path in [*(arena.path for arena in [*self._arenas, *self._kept]), *self._landed]:
+            self.remove(path)
+        self._arenas, self._kept, self._landed = [], [], []
 
-    def _remove(self, slot: Path | None) -> None:
-        """Seals first: a slot without one is of no use, a seal without a slot would have to be explained."""
+    def remove(self, slot: Path | None) -> None:
+        """Remove a slot of this job, with its seals."""
         if slot is None:
             return
-        for seal in _SEALS:
-            for name in (f"{slot.name}.{seal}", f"{slot.name}.{seal}.{_PARTIAL}"):
-                slot.with_name(name).unlink(missing_ok=True)
+        self.unseal(slot)
         slot.unlink(missing_ok=True)
         self._last.pop(slot, None)
+        self._kept = [arena for arena in self._kept if arena.path != slot]
+
+    def unseal(self, slot: Path) -> None:
+        """Remove the seals of a slot: it is of no use without one, and a seal without a slot had to be explained."""
+        for path in slot.parent.glob(f"{slot.name}.*"):
+            path.unlink(missing_ok=True)
 
     def _check_folder(self) -> None:
         where = f"rank {self._rank}: persist=SharedMemory(folder='{self.folder}')"
