@@ -104,6 +104,11 @@ class Recovery:
         """The weights are about to be loaded from elsewhere: take them as committed at the next training forward."""
         self._stale = True
 
+    @property
+    def stale(self) -> bool:
+        """The weights were loaded from elsewhere, and are not the safe state yet."""
+        return self._stale
+
     def capture_forward(self, attempt: int, pending: bool) -> None:
         """At the first training forward after a verdict. Local, because other ranks may be anywhere.
 
@@ -139,14 +144,15 @@ class Recovery:
         self.ring.reset()
         self.commit(self.plan, attempt)
 
-    def resumed(self, slot: Slot, measurement: float | None, live: Digests, random: RandomState) -> None:
+    def resumed(self, slot: Slot, measurement: float | None, live: Digests, random: RandomState | None) -> None:
         """The state of an earlier process stands: it is the committed one.
 
         Args:
             slot: What it was restored from; not used any more afterwards.
             measurement: What the probe measured of it then.
             live: Digests of what stands, under the plan of that slot.
-            random: Where the random streams are to be when the next training forward begins.
+            random: Where the random streams are to be when the next training forward begins; None if they get there by
+                themselves.
         """
         self.ring.reset()
         self.commit(slot.plan, slot.attempt, measurement, digests=live)

@@ -6,6 +6,10 @@ buffers before that step's forward are known, and no verdict is pending. Togethe
 moment before its batch was fetched, that is all the run depends on from there. After a refusal the same slot is sealed
 again: random streams and the number of attempts have moved on.
 
+A run that is about to be left (``finish()``) is sealed between two steps: the moment is the same, but its forward has
+not begun, so there are the random streams and buffers that stand, and those before the forward follow by themselves. A
+later seal of the same moment takes the place of the earlier one.
+
 **No gap.** Between two seals of a rank all ranks vote, so no rank is further ahead than one seal. A rank keeps its last
 two seals: two of one slot, or of two slots, of which the older is not filled again before the newer is sealed. With a
 deferred verdict the vote is read one step late, so there is one slot more. Whenever the ranks die, they have one moment
@@ -63,6 +67,20 @@ class Resumed:
     def __bool__(self) -> bool:
         """Whether anything was restored."""
         return bool(self.source)
+
+
+@dataclass(frozen=True, slots=True)
+class Between:
+    """A seal between two steps.
+
+    Attributes:
+        scaler: The GradScaler of the last step, or None.
+        unfetched: The next batch is known not to have been fetched: the random streams are where they are to be then.
+            Otherwise they were at the end of the last step.
+    """
+
+    scaler: Any
+    unfetched: bool
 
 
 @dataclass(slots=True)
@@ -127,17 +145,25 @@ class Persistence:
         """An attempt is over: note where the random streams are before the loop fetches what comes next."""
         self._before_fetch = RandomState.capture()
 
-    def seal(self, made: int, history: int, memory: Mapping[str, Any], replay: Mapping[str, Any] | None) -> None:
+    def seal(
+        self,
+        made: int,
+        history: int,
+        memory: Mapping[str, Any],
+        replay: Mapping[str, Any] | None,
+        between: Between | None = None,
+    ) -> None:
         """Make the safe state findable, with everything else the present attempt began with. Local.
 
-        Called on entry of ``step()``, with nothing pending, when the captures of this attempt are there. Waits for the
-        copy of the safe state.
+        Called with nothing pending: on entry of ``step()``, when the captures of this attempt are there, or between two
+        steps. Waits for the copy of the safe state.
 
         Args:
             made: Attempts made, which is the index of the present one.
             history: Digest of all verdicts.
             memory: The controller's own state.
             replay: Which batches it has seen and which it will show again; None for a loop that does not ask it.
+            between: No forward has begun since the last step; None on entry of ``step()``.
 
         Raises:
             SnapshotError: The copy failed, or the state is of a kind that no other process could make again.
@@ -147,8 +173,8 @@ class Persistence:
         slot.wait()
         if slot.state is not SlotState.VALID or slot.spoilt:
             return
-        assert slot.forward is not None
         try:
+            forward, entry = self._captured(slot) if between is None else self._standing(between)
             data = {
                 "optimizers": self._kinds(),
                 "form": self._form_of(slot.plan),
@@ -157,8 +183,8 @@ class Persistence:
                 "digests": {ranks: int(digest) for ranks, digest in slot.digests.items()},
                 "measurement": slot.measurement,
                 "before fetch": self._before_fetch.export(),
-                "forward": slot.forward.export(),
-                "entry": slot.entry,
+                "forward": forward,
+                "entry": entry,
                 "controller": dict(memory),
                 "replay": replay,
             }
@@ -192,6 +218,20 @@ class Persistence:
             ) from error
         slot.sealed = made
         tell()
+
+    @staticmethod
+    def _captured(slot: Slot) -> tuple[dict[str, Any], EntryState | None]:
+        assert slot.forward is not None
+        return slot.forward.export(), slot.entry
+
+    def _standing(self, between: Between) -> tuple[dict[str, Any], EntryState]:
+        """What would be captured of the next attempt if it began now."""
+        if between.unfetched:
+            self.mark()
+        forward = ForwardState(self._model)
+        forward.capture()
+        entry = EntryState.capture(self._optimizers, between.scaler, self._extra_state)
+        return {**forward.export(), "random": None}, entry
 
     def _kinds(self) -> list[str]:
         return [type(optimizer).__qualname__ for optimizer in self._optimizers]
@@ -314,7 +354,8 @@ class Persistence:
         except Exception as error:
             failure = error
         self._agree(failure, head, live)
-        random = RandomState.of(body["forward"]["random"])
+        drawn = body["forward"]["random"]
+        random = None if drawn is None else RandomState.of(drawn)
         self._recovery.resumed(slot, body["measurement"], live, random)
         RandomState.of(body["before fetch"]).restore()
         self.mark()
