@@ -188,7 +188,7 @@ class Preemption:
         frame = sys._current_frames().get(threading.main_thread().ident or 0)
         where = "".join(traceback.format_stack(frame)[-3:]) if frame is not None else ""
         print(
-            f"rank {_rank()}: {self.signal.name} came {self._grace:g} s ago, and this process has not handed over; it ends "
+            f"rank {_rank()}: {self.signal.name} came {self._grace:g} s ago, and this process still runs; it ends "
             f"now, and what was kept for a restart stays. It was in\n{where}",
             file=sys.stderr,
             flush=True,
