@@ -15,12 +15,14 @@ from .rules import FixedInnovation, PredictiveInnovation
 from .rules.trend import SlowDivergence
 from .rungs import Escalation
 from .signals import LossProbe
+from .snapshot.tiers.checkpoints import Checkpoints
 from .snapshot.tiers.shared_memory import SharedMemory
 from .verdict import Action, Judgement, Verdict
 
 __all__ = [
     "Action",
     "AdaptiveCadence",
+    "Checkpoints",
     "Escalation",
     "FixedInnovation",
     "GradientNormGuard",

@@ -49,15 +49,17 @@ from .learning_rate import RateCut, announced
 from .ledger import Ledger
 from .measured_cadence import MeasuredCadence
 from .measuring import Measuring
+from .persistence import Between, Persistence
 from .recovery import Recovery
 from .replay import Replay
-from .resume import Between, Persistence, Resumed
+from .resume import Resumed
 from .rules import Guarantees, PredictiveInnovation, Rule, settings_of
 from .rules.panel import Panel, Trend
 from .rules.trend import SlowDivergence
 from .rungs import Escalation, Rung
 from .settlement import Outcome, Settlement
 from .signals import Gradients, JudgedPeriod, LossProbe, Monitor, Signal, SignalValues, StepContext, host_values
+from .snapshot.tiers.checkpoints import Checkpoints
 from .snapshot.tiers.shared_memory import SharedMemory
 from .startup import agree_on_replicas, agree_on_settings, make_vote, world_of
 from .validation import (
@@ -116,7 +118,8 @@ class StabilityController:
             cannot continue from them.
         reload: Loads the last persisted state in place (model, optimizer and everything else the loop resumes from),
             on all ranks together; returns the attempt it belongs to, or None. The ladder's last rung before a stop.
-        persist: Keep the snapshots where they outlive the process: :meth:`resume` of a restarted one finds them.
+        persist: Keep states where they outlive the process: :meth:`resume` of a restarted one finds them. The snapshots
+            themselves in ``SharedMemory(...)``, some of them on disk with ``Checkpoints(...)``, or both in a list.
         asked_to_stop: Whether this rank was told to end (a signal of the cluster). Asked at every vote, in which the
             answer rides: :attr:`stopping` is true on all ranks once it was yes on any.
         on_event: Called on every rank with one dict for each attempt; deferred ones follow at the next step.
@@ -162,7 +165,7 @@ class StabilityController:
         replica_check_every: int = 1,
         split_replicas: bool | None = None,
         shadow: bool = False,
-        persist: SharedMemory | None = None,
+        persist: SharedMemory | Checkpoints | Sequence[SharedMemory | Checkpoints] | None = None,
         asked_to_stop: Callable[[], bool] | None = None,
         on_event: Callable[[dict[str, Any]], None] | None = None,
     ) -> None:
@@ -176,7 +179,7 @@ class StabilityController:
         check_settings(
             every, mode, probe_on, timeout, replica_check_every, anchors, escalation, decision, split_replicas, shadow
         )
-        check_persist(persist, mode)
+        kept_in = check_persist(persist, mode)
         self.model, self.rule, self.mode, self.decision = model, rule, mode, decision
         self._deferred = decision == "deferred"
         self.cadence = _cadence(every)
@@ -197,7 +200,7 @@ class StabilityController:
         kept = anchors if self._panel.supports_deep else 0
         world = len(world_of(process_group))
         shadows = (2 if self._deferred else 1) if shadow and self._enforced else 0
-        self._persistence = None if persist is None else Persistence(persist, self._extra_state)
+        self._persistence = Persistence(kept_in, self._extra_state, process_group) if kept_in else None
         self._recovery = Recovery(
             model,
             optimizers,
@@ -207,8 +210,8 @@ class StabilityController:
             self._phases,
             self._split,
             shadows,
-            source=None if self._persistence is None else self._persistence.shelf,
-            spare=1 if self._deferred and self._persistence is not None else 0,
+            source=None if self._persistence is None else self._persistence.memory,
+            spare=0 if self._persistence is None else self._persistence.slots + self._deferred,
         )
         if self._persistence is not None:
             self._persistence.join(model, optimizers, self._recovery, self._phases)
@@ -232,7 +235,7 @@ class StabilityController:
         self._vote, self._phases.watch = make_vote(process_group, device, self._timeout)
         self._vote.asked_to_stop = asked_to_stop
         if self._persistence is not None:
-            self._persistence.vote = self._vote
+            self._persistence.connect(self._vote)
         self._veto = VetoStage(guards, optimizers, self._vote, self._phases)
         # In observe mode nothing is ever restored, so nothing needs to be captured.
         heard = (model, parallel.forward_module(model)) if self._enforced else ()
@@ -268,7 +271,8 @@ class StabilityController:
                 self._start()
         except BaseException:
             if self._persistence is not None:
-                self._persistence.shelf.discard()
+                self._persistence.stop(wait=False)
+                self._persistence.discard()
             self.close()
             raise
 
@@ -379,6 +383,22 @@ class StabilityController:
         self._seal_between()
         return verdict
 
+    def leave(self) -> Verdict | None:
+        """:meth:`finish`, for a process that ends to come back: also what ``persist`` has beside memory gets the state.
+
+        Call it on all ranks between a ``step()`` and the next forward, as when :attr:`stopping`; then end the process
+        with an exception or ``SystemExit`` through the context manager, or without unwinding. It waits until the state
+        is on disk; that it could not be brought there is a warning, and what was there before stays.
+
+        Returns:
+            See :meth:`finish`.
+
+        Collectives: those of :meth:`finish`; others in the background.
+        """
+        if self._persistence is None:
+            return self.finish()
+        return self._persistence.leave(self.finish)
+
     def _seal_between(self) -> None:
         """Seal the safe state between two steps, if it is what stands and this process has made it."""
         stands = not (self._ledger.pending or self._recovery.stale or self._closed)
@@ -413,9 +433,7 @@ class StabilityController:
             LockstepError: The restore failed half-way on some rank.
         """
         if self._persistence is None:
-            raise RuntimeError(
-                "resume(): nothing was kept; give the controller persist=SharedMemory(...) in every start"
-            )
+            raise RuntimeError("resume(): nothing was kept; give the controller persist= in every start")
         if self._closed or self._ledger.attempt or self._first_forward.captured:
             raise RuntimeError("resume(): call it right after construction, before the first training forward")
         with self._noted():
@@ -433,7 +451,8 @@ class StabilityController:
 
         Without it, thread and group end with the process (an NCCL group as torch ends it).
         A verdict that is pending is given up, with a warning: call :meth:`finish` first.
-        What ``persist`` kept is removed, unless an exception is being handled: then it is left for :meth:`resume`.
+        What shared memory kept is removed, unless an exception is being handled: then it is left for :meth:`resume`. A
+        checkpoint that is being written is waited for, or with an exception given up.
         """
         self._close(failed=False)
 
@@ -448,10 +467,13 @@ class StabilityController:
             self._hooks.close()
             self._hooks = None
         self._first_forward.close()
+        # With an exception under way this is no clean end: what was sealed is for the process that comes after.
+        keep = failed or sys.exc_info()[1] is not None
+        if self._persistence is not None:
+            self._persistence.stop(wait=not keep)
         self._recovery.close()
         if self._persistence is not None:
-            # With an exception under way this is no clean end: what was sealed is for the process that comes after.
-            self._persistence.shelf.close(keep=failed or sys.exc_info()[1] is not None)
+            self._persistence.close(keep)
         self._vote.close()
 
     def __enter__(self) -> StabilityController:
@@ -596,7 +618,7 @@ class StabilityController:
             "anchors": self._anchors,
             "split_replicas": self._split,
             "shadow": self._shadow,
-            "persist": self._persistence is not None,
+            "persist": [] if self._persistence is None else self._persistence.described(),
             "reload": self._reloadable,
             **self._panel.settings(),
             "guards": [settings_of(guard) for guard in self._veto.guards],

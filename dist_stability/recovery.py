@@ -144,18 +144,21 @@ class Recovery:
         self.ring.reset()
         self.commit(self.plan, attempt)
 
-    def resumed(self, slot: Slot, measurement: float | None, live: Digests, random: RandomState | None) -> None:
+    def resumed(
+        self, plan: StatePlan, attempt: int, measurement: float | None, live: Digests, random: RandomState | None
+    ) -> None:
         """The state of an earlier process stands: it is the committed one.
 
         Args:
-            slot: What it was restored from; not used any more afterwards.
+            plan: Of what stands.
+            attempt: Index of the attempt that was committed.
             measurement: What the probe measured of it then.
-            live: Digests of what stands, under the plan of that slot.
+            live: Digests of what stands.
             random: Where the random streams are to be when the next training forward begins; None if they get there by
                 themselves.
         """
         self.ring.reset()
-        self.commit(slot.plan, slot.attempt, measurement, digests=live)
+        self.commit(plan, attempt, measurement, digests=live)
         self._stale, self._resumed = False, random
 
     def proposal(self) -> tuple[StatePlan, Image]:

@@ -1,36 +1,22 @@
-"""Going on where a process that died left off: a record of every commit outlives it, and all ranks agree on one.
+"""Going on where a process that died left off: the newest state that all ranks can agree on, wherever it is.
 
-**Sealing.** A slot of the ring (snapshot/) holds parameters and optimizer state of a commit. It becomes a record when
-it is sealed, on entry of the next ``step()``: by then the loop has stepped its schedulers, the random streams and
-buffers before that step's forward are known, and no verdict is pending. Together with the random streams of the
-moment before its batch was fetched, that is all the run depends on from there. After a refusal the same slot is sealed
-again: random streams and the number of attempts have moved on.
+What is kept, and when, is in persistence.py.
 
-A run that is about to be left (``finish()``) is sealed between two steps: the moment is the same, but its forward has
-not begun, so there are the random streams and buffers that stand, and those before the forward follow by themselves. A
-later seal of the same moment takes the place of the earlier one.
-
-**No gap.** Between two seals of a rank all ranks vote, so no rank is further ahead than one seal. A rank keeps its last
-two seals: two of one slot, or of two slots, of which the older is not filled again before the newer is sealed. With a
-deferred verdict the vote is read one step late, so there is one slot more. Whenever the ranks die, they have one moment
-in common.
-
-**Resuming.** All ranks list what they have; the newest moment that every one of them has is tried, then older ones. A
-record is compared with the model and checked against its digests on every rank before anything is written, and the
-restored state against them afterwards.
+All ranks list what they have in all tiers; the newest moment that every one of them has, wherever, is tried, then older
+ones. A record is compared with the model and checked against its digests on every rank before anything is written, and
+the restored state against them afterwards. A checkpoint can also be taken over by another number of ranks or another
+kind of parallelism: then each rank reads the parts of the whole tensors that it holds now.
 """
 
 from __future__ import annotations
 
 import time
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import nn
 from torch.optim import Optimizer
 
@@ -38,13 +24,12 @@ from . import parallel
 from .attempt import Phases, one_line
 from .errors import LockstepError, SnapshotError
 from .recovery import Recovery
-from .snapshot import Digests, EntryState, ForwardState, RandomState, Slot, SlotState, StatePlan
-from .snapshot.tiers.form import Rebuilt, differing, facts, trees
-from .snapshot.tiers.record import Head, Unusable, dumps, fitted, loads
-from .snapshot.tiers.shared_memory import Record, SharedMemory, Shelf
+from .snapshot import Digests, EntryState, ForwardState, RandomState, Slot, StatePlan
+from .snapshot.catalogue import Catalogue
+from .snapshot.tiers.form import Rebuilt, differing
+from .snapshot.tiers.record import Head, Unusable, fitted, loads
+from .snapshot.tiers.tier import Found, Key, Tier, Whole
 from .vote import Ballot, Vote
-
-Key = tuple[int, int, int]
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,232 +42,165 @@ class Resumed:
             again; what a refusal would show again is remembered. Equal to ``attempt`` for other loops.
         source: Where the state came from; "" for nothing.
         line: What was chosen and why, or why nothing was, in one line.
+        exact: The run goes on bit for bit as it would have. Not so from a checkpoint of another number of ranks or
+            another kind of parallelism: then the values are equal, and ``line`` says what is not.
     """
 
     attempt: int
     batches: int
     source: str
     line: str
+    exact: bool = True
 
     def __bool__(self) -> bool:
         """Whether anything was restored."""
         return bool(self.source)
 
 
-@dataclass(frozen=True, slots=True)
-class Between:
-    """A seal between two steps.
+@dataclass(slots=True)
+class _Ready:
+    """A state that fits and is sound on this rank, with optimizer state of its form in place.
 
     Attributes:
-        scaler: The GradScaler of the last step, or None.
-        unfetched: The next batch is known not to have been fetched: the random streams are where they are to be then.
-            Otherwise they were at the end of the last step.
+        head: What it is known by.
+        body: Of its seal.
+        plan: Of the live state that it is about to be written into.
+        entry: As it is to be restored.
+        rebuilt: The optimizer state.
+        write: Writes it, locally.
+        close: Lets go of what it was read into.
+        buffers: By the modules' numbers now.
+        replay: For the loop.
+        slot: What other ranks need a share of; None if every rank has it all.
+        streams: The random streams are those of this rank.
+        found: Where it is from, if it is a moment of this rank.
     """
 
-    scaler: Any
-    unfetched: bool
-
-
-@dataclass(slots=True)
-class _Candidate:
-    """A record that fits and is sound on this rank: its slot, and optimizer state of its form in place."""
-
-    record: Record
+    head: Head
     body: dict[str, Any]
-    slot: Slot
-    rebuilt: Rebuilt
+    plan: StatePlan
     entry: EntryState
+    rebuilt: Rebuilt
+    write: Callable[[], object]
+    close: Callable[[], object]
+    buffers: list[tuple[int, str, torch.Tensor | None]]
+    replay: Mapping[str, Any] | None
+    slot: Slot | None
+    streams: bool
+    found: Found | None
 
 
-class Persistence:
-    """Seals what a controller commits, and finds it again.
+Load = Callable[[Mapping[str, Any], Mapping[str, Any] | None, Key], None]
+"""Takes the controller's own state, what the replay remembers, and the key of the moment."""
+
+
+def kinds(optimizers: Sequence[Optimizer]) -> list[str]:
+    """What must be the same optimizers when a state is gone on with."""
+    return [type(optimizer).__qualname__ for optimizer in optimizers]
+
+
+class Resuming:
+    """Finds the newest state that all ranks can go on from, and restores it.
 
     Args:
-        setting: Of the controller.
+        tiers: Where to look, in this order.
+        model: As the loop calls it.
+        optimizers: Of the controller.
         extra_state: Of the controller.
-
-    Attributes:
-        shelf: The files.
+        recovery: Takes the restored state as the committed one.
+        phases: Of the controller.
         vote: Of the controller.
-
-    Raises:
-        ValueError: See :class:`Shelf`.
-        TypeError: Something in ``extra_state`` cannot be written down.
     """
 
-    vote: Vote
-
-    def __init__(self, setting: SharedMemory, extra_state: Mapping[str, Any]) -> None:
-        """Look at the folder; enters no collective."""
-        count = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
-        self._setting, self._extra_state = setting, extra_state
-        self.shelf = Shelf(setting, parallel.this_rank(), count)
-        self._form: tuple[StatePlan | None, bytes] = (None, b"")
-        self._said_full = False
-        self._before_fetch = RandomState.capture()
-        for name, stateful in extra_state.items():
-            try:
-                dumps(stateful.state_dict())
-            except Exception as error:
-                raise TypeError(
-                    f"extra_state[{name!r}]: its state cannot be written down for another process ({one_line(error)}); "
-                    "give it a state_dict() of plain data and tensors, or leave out persist="
-                ) from error
-
-    def join(self, model: nn.Module, optimizers: Sequence[Optimizer], recovery: Recovery, phases: Phases) -> None:
-        """The parts of the controller this works with; ``vote`` follows when it is made.
-
-        Raises:
-            SnapshotError: The folder has no room for copies of the parameters alone. What the optimizers will add is
-                known, and compared, when they have made it.
-        """
-        self._model, self._optimizers, self._recovery, self._phases = model, optimizers, recovery, phases
-        self.shelf.check(recovery.plan.bytes_kept * recovery.ring.size, recovery.ring.size)
-
-    # ------------------------------------------------------------------ sealing
-
-    def mark(self) -> None:
-        """An attempt is over: note where the random streams are before the loop fetches what comes next."""
-        self._before_fetch = RandomState.capture()
-
-    def seal(
+    def __init__(
         self,
-        made: int,
-        history: int,
-        memory: Mapping[str, Any],
-        replay: Mapping[str, Any] | None,
-        between: Between | None = None,
+        tiers: Sequence[Tier],
+        model: nn.Module,
+        optimizers: Sequence[Optimizer],
+        extra_state: Mapping[str, Any],
+        recovery: Recovery,
+        phases: Phases,
+        vote: Vote,
     ) -> None:
-        """Make the safe state findable, with everything else the present attempt began with. Local.
+        """Keep them; looks nowhere yet."""
+        self._tiers, self._model, self._optimizers, self._extra_state = tiers, model, optimizers, extra_state
+        self._recovery, self._phases, self._vote = recovery, phases, vote
 
-        Called with nothing pending: on entry of ``step()``, when the captures of this attempt are there, or between two
-        steps. Waits for the copy of the safe state.
-
-        Args:
-            made: Attempts made, which is the index of the present one.
-            history: Digest of all verdicts.
-            memory: The controller's own state.
-            replay: Which batches it has seen and which it will show again; None for a loop that does not ask it.
-            between: No forward has begun since the last step; None on entry of ``step()``.
-
-        Raises:
-            SnapshotError: The copy failed, or the state is of a kind that no other process could make again.
-        """
-        slot, tell = self._recovery.ring.safe, self._phases.chunk("seal")
-        tell()
-        slot.wait()
-        if slot.state is not SlotState.VALID or slot.spoilt:
-            return
-        try:
-            forward, entry = self._captured(slot) if between is None else self._standing(between)
-            data = {
-                "optimizers": self._kinds(),
-                "form": self._form_of(slot.plan),
-                "trees": trees(slot),
-                "sums": slot.sums,
-                "digests": {ranks: int(digest) for ranks, digest in slot.digests.items()},
-                "measurement": slot.measurement,
-                "before fetch": self._before_fetch.export(),
-                "forward": forward,
-                "entry": entry,
-                "controller": dict(memory),
-                "replay": replay,
-            }
-            head = Head(
-                self._setting.job,
-                self.vote.rank,
-                self.vote.world,
-                slot.plan.signature,
-                made,
-                slot.attempt,
-                history,
-                slot.memory.fill,
-                slot.payload,
-                time.time(),
-            )
-            self.shelf.seal(slot.memory, head, data, tell)
-        except OSError as error:
-            if not self._said_full:
-                self._said_full = True
-                warnings.warn(
-                    f"rank {self.vote.rank}: attempt {made}: the state could not be sealed in {self._setting.folder} "
-                    f"({error}); a process that is restarted finds an older one, or none. Free some room there",
-                    RuntimeWarning,
-                    stacklevel=2,
-                )
-            return
-        except Exception as error:
-            raise SnapshotError(
-                f"rank {self.vote.rank}: persist=SharedMemory(): the state of attempt {slot.attempt} cannot be written "
-                f"down for another process ({one_line(error)}). Leave out persist=, or what it names"
-            ) from error
-        slot.sealed = made
-        tell()
-
-    @staticmethod
-    def _captured(slot: Slot) -> tuple[dict[str, Any], EntryState | None]:
-        assert slot.forward is not None
-        return slot.forward.export(), slot.entry
-
-    def _standing(self, between: Between) -> tuple[dict[str, Any], EntryState]:
-        """What would be captured of the next attempt if it began now."""
-        if between.unfetched:
-            self.mark()
-        forward = ForwardState(self._model)
-        forward.capture()
-        entry = EntryState.capture(self._optimizers, between.scaler, self._extra_state)
-        return {**forward.export(), "random": None}, entry
-
-    def _kinds(self) -> list[str]:
-        return [type(optimizer).__qualname__ for optimizer in self._optimizers]
-
-    def _form_of(self, plan: StatePlan) -> bytes:
-        """The form of a plan, pickled once."""
-        if self._form[0] is not plan:
-            self._form = plan, dumps(facts(plan))
-        return self._form[1]
-
-    # ------------------------------------------------------------------ resuming
-
-    def resume(self, load: Callable[[Mapping[str, Any], Mapping[str, Any] | None, Key], None], scaler: Any) -> Resumed:
+    def run(self, load: Load, scaler: Any) -> Resumed:
         """Restore the newest moment that every rank has. All ranks together; see the controller.
 
         Args:
-            load: Takes the controller's own state, what the replay remembers, and the key of the moment.
+            load: Gives the controller what it knew.
             scaler: The GradScaler of the loop, or None.
         """
-        own, said = self.shelf.records(self.vote.world, self._recovery.plan.signature)
-        mine = {record.head.key: record for record in reversed(own)}
-        told = self.vote.gather({"keys": sorted(mine, reverse=True), "said": said[:4]}, -1)
-        everyone = {rank: [tuple(key) for key in one["keys"]] for rank, one in told.items()}
-        notes = [f"rank {rank}: {text}" for rank, one in told.items() for text in one["said"]]
-        common = sorted(set(mine).intersection(*everyone.values()), reverse=True)
-        notes += _missing(everyone, common[0] if common else None)
-        for key in common:
-            candidate, failure = self._prepare(mine[key], scaler)
-            failed = {rank: text for rank, text in self.vote.gather(_why(failure), -1).items() if text is not None}
-            if not failed:
-                assert candidate is not None
-                return self._restore(candidate, load, scaler, notes)
-            if candidate is not None:
-                candidate.rebuilt.undo()
-                candidate.slot.close()
-            notes += [f"attempt {key[0]} on rank {rank}: {text}" for rank, text in failed.items()]
+        own: dict[Key, list[tuple[str, Found]]] = {}
+        whole: dict[Key, tuple[str, Whole]] = {}
+        said: list[str] = []
+        for tier in self._tiers:
+            listing = tier.list(self._vote.world, self._recovery.plan.signature)
+            for found in listing.found:
+                own.setdefault(found.head.key, []).append((tier.name, found))
+            for each in listing.whole:
+                whole.setdefault(each.head.key, (tier.name, each))
+            said += listing.said[:4]
+        told = self._vote.gather({"own": sorted(own), "whole": sorted(whole), "said": said}, -1)
+        notes = _notes({rank: one["said"] for rank, one in told.items()})
+        common = {
+            kind: set.intersection(*({tuple(key) for key in one[kind]} for one in told.values()))
+            for kind in ("own", "whole")
+        }
+        keys = sorted(common["own"] | common["whole"], reverse=True)
+        everyone = {rank: [tuple(key) for key in (*one["own"], *one["whole"])] for rank, one in told.items()}
+        notes += _missing(everyone, keys[0] if keys else None)
+        for key in keys:
+            ways: list[Callable[[], tuple[str, _Ready]]] = []
+            if key in common["own"]:
+                ways.append(partial(self._first_that_fits, own[key], scaler))
+            if key in common["whole"]:
+                ways.append(partial(self._reshape, *whole[key], scaler))
+            for way in ways:
+                ready: _Ready | None = None
+                source, failure = "", None
+                try:
+                    source, ready = way()
+                except Exception as error:
+                    failure = error
+                answers = self._vote.gather([_why(failure), source], -1)
+                failed = {rank: text for rank, (text, _) in answers.items() if text is not None}
+                if not failed:
+                    assert ready is not None
+                    sources = {rank: name for rank, (_, name) in answers.items()}
+                    return self._restore(ready, load, scaler, sources, notes)
+                if ready is not None:
+                    ready.rebuilt.undo()
+                    ready.close()
+                notes += [f"attempt {key[0]} on {text}" for text in _notes({r: [t] for r, t in failed.items()})]
         self._recovery.plan = self._recovery.build_plan()
         why = "; ".join(notes) if notes else "no earlier process left anything"
-        return Resumed(0, 0, "", f"nothing to resume from in {self.shelf.name} (job {self._setting.job}): {why}")
+        places = " or ".join(tier.where for tier in self._tiers)
+        return Resumed(0, 0, "", f"nothing to resume from in {places}: {why}")
 
-    def _prepare(self, record: Record, scaler: Any) -> tuple[_Candidate | None, Exception | None]:
-        """Check a record against the model and its digests; make optimizer state of its form. Or say why not."""
+    def _first_that_fits(self, own: Sequence[tuple[str, Found]], scaler: Any) -> tuple[str, _Ready]:
+        """Of one moment, the first tier whose record is sound; Unusable if none is."""
+        wrong = []
+        for name, found in own:
+            try:
+                return name, self._prepare(found, scaler)
+            except Exception as error:
+                wrong.append(f"{_why(error)}" if len(own) == 1 else f"in {name} it {_why(error)}")
+        raise Unusable("; ".join(wrong))
+
+    def _prepare(self, found: Found, scaler: Any) -> _Ready:
+        """Check a record against the model and its digests; make optimizer state of its form.
+
+        Raises:
+            Unusable, SnapshotError: It does not fit, or is damaged; nothing has changed then.
+        """
         rebuilt = None
         slot = Slot()
         try:
-            memory, body = record.open(), loads(record.body)
-            form, entry = loads(body["form"]), body["entry"]
-            if body["optimizers"] != self._kinds():
-                raise Unusable(f"is of the optimizers {body['optimizers']}, and they are {self._kinds()}")
-            self._check_entry(entry, scaler)
-            entry = replace(entry, extra=self._fit(entry.extra))
+            head, body = found.head, loads(found.body)
+            form, entry = loads(body["form"]), self._checked(body, scaler)
             ForwardState(self._model).check_buffers(body["forward"])
             rebuilt = Rebuilt(self._optimizers, body["trees"], form)
             plan = self._recovery.build_plan()
@@ -290,16 +208,48 @@ class Persistence:
             if other is not None:
                 raise Unusable(other)
             digests = Digests({ranks: torch.tensor(value) for ranks, value in body["digests"].items()}, body["sums"])
-            slot.take(plan, memory, record.head.attempt, digests, body["sums"])
+            slot.take(plan, found.open(), head.attempt, digests, body["sums"])
             damaged = slot.verify()
             if damaged:
                 raise Unusable(f"is damaged: {', '.join(damaged[:3])}")
-            return _Candidate(record, body, slot, rebuilt, entry), None
-        except Exception as error:
+        except Exception:
             if rebuilt is not None:
                 rebuilt.undo()
             slot.close()
-            return None, error
+            raise
+        write = partial(slot.restore, on_chunk=self._phases.chunk("restore"))
+        buffers = body["forward"]["buffers"]
+        return _Ready(head, body, plan, entry, rebuilt, write, slot.close, buffers, body["replay"], slot, True, found)
+
+    def _reshape(self, name: str, whole: Whole, scaler: Any) -> tuple[str, _Ready]:
+        """The same for a state that was written under another kind of parallelism, or by other ranks."""
+        from .snapshot.tiers.reshape import Reshaped, renumbered, wanted
+
+        ranks = self._vote.ranks
+        whole.check(ranks.index(self._vote.rank), len(ranks))
+        head, body = whole.head, loads(whole.body)
+        catalogue: Catalogue = loads(body["where"])
+        entry = self._checked(body, scaler)
+        buffers = renumbered(body["forward"]["buffers"], catalogue, self._model)
+        rebuilt = Reshaped(self._optimizers, body["trees"], loads(body["form"]), catalogue)
+        try:
+            plan = self._recovery.build_plan()
+            write = whole.reading(wanted(self._model, plan, ranks[0]))
+        except Exception:
+            rebuilt.undo()
+            raise
+        same, replay = head.world == len(ranks), body["replay"]
+        if replay is not None and not same:
+            replay = {**replay, "again": [], "loader": None}
+        return name, _Ready(head, body, plan, entry, rebuilt, write, lambda: None, buffers, replay, None, same, None)
+
+    def _checked(self, body: Mapping[str, Any], scaler: Any) -> EntryState:
+        """What was set around the step, if it fits; Unusable otherwise."""
+        if body["optimizers"] != kinds(self._optimizers):
+            raise Unusable(f"is of the optimizers {body['optimizers']}, and they are {kinds(self._optimizers)}")
+        entry: EntryState = body["entry"]
+        self._check_entry(entry, scaler)
+        return replace(entry, extra=self._fit(entry.extra))
 
     def _check_entry(self, entry: EntryState, scaler: Any) -> None:
         groups = [len(one) for one in entry.groups]
@@ -319,68 +269,81 @@ class Persistence:
         return {name: fitted(saved, self._extra_state[name].state_dict()) for name, saved in extra.items()}
 
     def _restore(
-        self,
-        candidate: _Candidate,
-        load: Callable[[Mapping[str, Any], Mapping[str, Any] | None, Key], None],
-        scaler: Any,
-        notes: list[str],
+        self, ready: _Ready, load: Load, scaler: Any, sources: Mapping[int, str], notes: Sequence[str]
     ) -> Resumed:
-        """Write a record that is sound on all ranks into the live state, and declare it resumed when all have it."""
-        head, body, slot = candidate.record.head, candidate.body, candidate.slot
+        """Write what is sound on all ranks into the live state, and declare it resumed when all have it."""
+        head, body, slot, plan = ready.head, ready.body, ready.slot, ready.plan
         self._phases.attempt = head.made
         self._phases.enter("restore")
         failure = None
         try:
             self._recovery.before_step()
             parallel.reshard(self._model)
-            slot.restore(on_chunk=self._phases.chunk("restore"))
+            ready.write()
         except Exception as error:
             failure = error
         self._agree(failure, head, {})
-        if slot.plan.shared:
-            send = partial(self.vote.broadcast, head.made)
-            slot.gather(send, self.vote.device, on_chunk=self._phases.chunk("restore"))
+        if slot is not None and plan.shared:
+            send = partial(self._vote.broadcast, head.made)
+            slot.gather(send, self._vote.device, on_chunk=self._phases.chunk("restore"))
         live = Digests({}, torch.empty(0))
         try:
-            candidate.entry.restore(self._optimizers, scaler, self._extra_state)
-            ForwardState(self._model).load_buffers(body["forward"])
+            ready.entry.restore(self._optimizers, scaler, self._extra_state)
+            ForwardState(self._model).load_buffers({"buffers": ready.buffers})
             parallel.reshard(self._model)
             torch.clear_autocast_cache()
-            live = slot.plan.digests(slot.plan.tensors())
-            wrong = [ranks for ranks, digest in slot.digests.items() if int(live[ranks]) != int(digest)]
+            live = plan.digests(plan.tensors())
+            expected = {} if slot is None else slot.digests
+            wrong = [ranks for ranks, digest in expected.items() if int(live[ranks]) != int(digest)]
             if wrong:
                 raise SnapshotError(f"the restored state of ranks {list(wrong[0])} is not what was committed")
-            load(body["controller"], body["replay"], head.key)
+            load(body["controller"], ready.replay, head.key)
         except Exception as error:
             failure = error
         self._agree(failure, head, live)
-        drawn = body["forward"]["random"]
+        drawn = body["forward"]["random"] if ready.streams else None
         random = None if drawn is None else RandomState.of(drawn)
-        self._recovery.resumed(slot, body["measurement"], live, random)
-        RandomState.of(body["before fetch"]).restore()
-        self.mark()
-        slot.close()
-        self.shelf.forget_earlier(but=candidate.record.path)
+        self._recovery.resumed(plan, head.attempt, body["measurement"], live, random)
+        if ready.streams:
+            RandomState.of(body["before fetch"]).restore()
+        ready.close()
+        for tier in self._tiers:
+            tier.begin(head.made, ready.found if tier.name == sources[self._vote.rank] else None)
         self._phases.enter("training")
-        replay = body["replay"]
+        source = _named(sources)
+        job = f"job {head.job}, " if head.job else ""
         line = (
-            f"resumed at attempt {head.made} from {self.shelf.name} (job {head.job}, committed at attempt "
-            f"{head.attempt}, {time.time() - head.written:.0f} s ago): the newest that all {self.vote.world} ranks have"
+            f"resumed at attempt {head.made} from {source} ({job}committed at attempt {head.attempt}, "
+            f"{time.time() - head.written:.0f} s ago): the newest that all {self._vote.world} ranks have"
         )
+        if slot is None:
+            line += f"; {self._said_reshaped(ready)}"
         return Resumed(
             head.made,
-            head.made if replay is None else int(replay["consumed"]),
-            self.shelf.name,
+            head.made if ready.replay is None else int(ready.replay["consumed"]),
+            source,
             "; ".join([line, *notes]),
+            slot is not None,
         )
+
+    def _said_reshaped(self, ready: _Ready) -> str:
+        now = f"{self._vote.world} ranks ({parallel.describe(self._model)})"
+        text = f"written by {ready.head.world} ranks ({ready.body['kind']}) and taken over by {now}: values are equal"
+        if ready.streams:
+            return f"{text}, each rank goes on with its random streams"
+        text += ", random streams begin anew, buffers are those of the first rank"
+        replay = ready.body["replay"]
+        if replay is not None and (replay["again"] or replay["loader"] is not None):
+            text += ", batches that were to be shown again are lost and the loader is not put to its place"
+        return text
 
     def _agree(self, failure: Exception | None, head: Head, live: Mapping[tuple[int, ...], torch.Tensor]) -> None:
         """Vote that nothing went wrong. LockstepError on every rank otherwise: the live state is half written."""
         agree = {"point of the protocol": 6, "attempt": head.made, "history of verdicts": head.history}
-        tally = self.vote.cast(Ballot(no=failure is not None, agree=agree, checksums=live), head.made)
+        tally = self._vote.cast(Ballot(no=failure is not None, agree=agree, checksums=live), head.made)
         failed: dict[int, str] = {}
         if tally.no:
-            said = self.vote.gather(one_line(failure), head.made)
+            said = self._vote.gather(one_line(failure), head.made)
             failed = {rank: text for rank, text in said.items() if text is not None}
         for ranks in tally.split_replicas:
             failed.update({rank: "its replica has other bits" for rank in ranks})
@@ -398,9 +361,29 @@ def _why(failure: Exception | None) -> str | None:
     return str(failure) if isinstance(failure, Unusable) else one_line(failure)
 
 
+def _notes(said: Mapping[int, Sequence[str]]) -> list[str]:
+    """What ranks said, each text once, with the ranks it is about."""
+    by_text: dict[str, list[int]] = {}
+    for rank, texts in said.items():
+        for text in texts:
+            by_text.setdefault(text, []).append(rank)
+    return [
+        f"rank {ranks[0]}: {text}" if len(ranks) == 1 else f"ranks {ranks[:8]}: {text}"
+        for text, ranks in by_text.items()
+    ]
+
+
+def _named(sources: Mapping[int, str]) -> str:
+    """Where the ranks have it from."""
+    names = list(dict.fromkeys(sources.values()))
+    if len(names) == 1:
+        return names[0]
+    return " and ".join(f"{name} (ranks {[r for r, n in sources.items() if n == name][:8]})" for name in names)
+
+
 def _missing(everyone: Mapping[int, list[Any]], chosen: Key | None) -> list[str]:
     """Which newer moments are not used, because some ranks do not have them."""
-    newest = max((keys[0] for keys in everyone.values() if keys), default=None)
+    newest = max((key for keys in everyone.values() for key in keys), default=None)
     if newest is None or newest == chosen:
         return []
     without = [rank for rank, keys in everyone.items() if newest not in keys]

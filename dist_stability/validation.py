@@ -13,6 +13,7 @@ from .cadence import Cadence
 from .rules import Rule
 from .rungs import Escalation
 from .signals import LossProbe
+from .snapshot.tiers.checkpoints import Checkpoints
 from .snapshot.tiers.shared_memory import SharedMemory
 
 MODES = ("enforce", "observe")
@@ -150,19 +151,26 @@ def check_settings(
         raise ValueError(f"timeout: expected seconds above 0, got {timeout!r}")
 
 
-def check_persist(persist: Any, mode: str) -> None:
-    """Where the snapshots are kept.
+def check_persist(persist: Any, mode: str) -> tuple[SharedMemory | Checkpoints, ...]:
+    """Where states are kept, as a tuple; empty for nowhere.
 
     Raises:
-        TypeError: No SharedMemory.
-        ValueError: In observe mode there are none.
+        TypeError: Something else than the settings there are.
+        ValueError: One of them twice, or in observe mode, where there are no snapshots.
     """
     if persist is None:
-        return
-    if not isinstance(persist, SharedMemory):
-        raise TypeError(f"persist: expected SharedMemory(...) or None, got {_kind(persist)}")
-    if mode != "enforce":
+        return ()
+    settings = (persist,) if not isinstance(persist, list | tuple) else tuple(persist)
+    for setting in settings:
+        if not isinstance(setting, SharedMemory | Checkpoints):
+            raise TypeError(
+                f"persist: expected SharedMemory(...), Checkpoints(...), a list of them, or None, got {_kind(setting)}"
+            )
+    if len({type(setting) for setting in settings}) < len(settings):
+        raise ValueError(f"persist: {[_kind(setting) for setting in settings]}: give each of them once")
+    if settings and mode != "enforce":
         raise ValueError(f"persist: mode={mode!r} takes no snapshots, so there is nothing to keep; leave it out")
+    return settings
 
 
 def check_scaler(scaler: Any) -> Any:

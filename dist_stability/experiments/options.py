@@ -19,7 +19,7 @@ from dist_stability.submission.preemption import named
 from dist_stability.testing import FaultInjector
 
 PARALLEL = ("single", "ddp", "fsdp1", "fsdp2", "hsdp")
-PERSIST = ("no", "shm")
+PERSIST = ("no", "shm", "disk", "shm,disk")
 RESUME = ("no", "auto")
 RULES = ("predictive", "fixed", "loss-rollback", "off")
 ADAPTIVE = "adaptive"
@@ -65,6 +65,8 @@ class Options:
     out: Path
     timeout: float
     persist: str
+    checkpoint_every: int
+    checkpoint_keep: int
     resume: str
     preempt_signal: str | None
     preempt_grace: float
@@ -192,10 +194,14 @@ def _problems(v: argparse.Namespace, world: int, launched: bool) -> list[str]:
         v.persist != "no" and (v.rule == "off" or v.observe),
         f"--persist {v.persist}: needs a rule that takes snapshots, not --rule off or --observe",
     )
-    refuse(v.resume != "no" and v.persist == "no", f"--resume {v.resume}: needs --persist shm, in every start")
+    refuse(v.resume != "no" and v.persist == "no", f"--resume {v.resume}: needs --persist, in every start")
+    refuse(
+        "disk" in v.persist and v.parallel == "fsdp1",
+        f"--persist {v.persist}: checkpoints cannot be written of --parallel fsdp1; use fsdp2, or --persist shm",
+    )
     refuse(
         bool(v.preempt_signal) and v.persist == "no",
-        f"--preempt-signal {v.preempt_signal}: needs --persist shm, or the job that comes back starts anew",
+        f"--preempt-signal {v.preempt_signal}: needs --persist, or the job that comes back starts anew",
     )
     try:
         named(v.preempt_signal or "USR2")
@@ -323,13 +329,22 @@ def _parser() -> argparse.ArgumentParser:
         "--persist",
         choices=PERSIST,
         default="no",
-        help="shm: keep the snapshots in shared memory, where a restarted process finds them",
+        help="shm: keep the snapshots in shared memory, where a restarted process finds them; disk: write checkpoints "
+        "to OUT/checkpoints beside the training, also for other numbers of ranks and kinds of parallelism",
     )
+    guard.add_argument(
+        "--checkpoint-every",
+        type=at_least_one,
+        default=100,
+        metavar="STEPS",
+        help="steps from one checkpoint to the next",
+    )
+    guard.add_argument("--checkpoint-keep", type=at_least_one, default=3, metavar="N", help="checkpoints that stay")
     guard.add_argument(
         "--resume",
         choices=RESUME,
         default="no",
-        help="auto: go on from the newest state that all ranks find in shared memory; from the start if there is none",
+        help="auto: go on from the newest state that all ranks find there; from the start if there is none",
     )
     guard.add_argument(
         "--preempt-signal",

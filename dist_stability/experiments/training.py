@@ -31,6 +31,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from dist_stability import (
     AdaptiveCadence,
+    Checkpoints,
     Escalation,
     FixedInnovation,
     LossProbe,
@@ -119,11 +120,11 @@ def train(job: Job, controller: Controller, record: RunRecorder, progress: Progr
 def leave_if_told(job: Job, controller: Controller, progress: Progress) -> None:
     """End this process if some rank was told to stop: all ranks at the same step boundary, with that state sealed.
 
-    Collectives: none as long as nobody was; else those of ``finish()`` and ``hand_over()``.
+    Collectives: none as long as nobody was; else those of ``leave()`` and ``hand_over()``.
     """
     if job.preemption is None or not isinstance(controller, StabilityController) or not controller.stopping:
         return
-    controller.finish()
+    controller.leave()
     progress.note(f"told to stop by {job.preemption.signal.name}: this state is kept")
     job.preemption.hand_over()
 
@@ -248,7 +249,7 @@ def _controller(job: Job, task: Task, record: RunRecorder) -> Controller:
         decision=options.decision,
         probe_on=options.probe_on,
         timeout=options.timeout,
-        persist=SharedMemory() if options.persist == "shm" else None,
+        persist=_persist(options),
         asked_to_stop=_asked(job.preemption),
         on_event=record.event,
         **(ALONE if options.rule in ("fixed", "loss-rollback") else {}),
@@ -259,6 +260,16 @@ def _controller(job: Job, task: Task, record: RunRecorder) -> Controller:
 
 def _asked(preemption: Preemption | None) -> Callable[[], bool] | None:
     return None if preemption is None else lambda: preemption.raised
+
+
+def _persist(options: Options) -> list[SharedMemory | Checkpoints]:
+    """Where states outlive the process; nowhere if the list is empty."""
+    kept: list[SharedMemory | Checkpoints] = []
+    if "shm" in options.persist:
+        kept.append(SharedMemory())
+    if "disk" in options.persist:
+        kept.append(Checkpoints(options.out / "checkpoints", options.checkpoint_every, options.checkpoint_keep))
+    return kept
 
 
 def _injector(options: Options) -> FaultInjector:

@@ -5,6 +5,7 @@ Everything here works without torch.distributed initialized, and where torch was
 """
 
 from ._classes import this_rank
+from .boxes import offsets, without_boxes
 from .layout import Layout, Residence, optimizer_state, residence
 from .modules import data_replica, describe, forward_groups, forward_module, has_collectives, reshard
 from .norm import clip_grad_norm_
@@ -23,9 +24,11 @@ __all__ = [
     "is_dtensor",
     "is_wrapped_as",
     "local",
+    "offsets",
     "optimizer_state",
     "reshard",
     "residence",
     "this_rank",
+    "without_boxes",
     "wrapping",
 ]

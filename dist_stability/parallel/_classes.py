@@ -19,6 +19,7 @@ DDP: Any = _Absent
 DTensor: Any = _Absent
 FSDP1: Any = _Absent
 FSDP2: Any = _Absent
+Shard: Any = _Absent
 
 if dist.is_available():
     import torch.distributed._functional_collectives
@@ -30,6 +31,7 @@ if dist.is_available():
     DTensor = torch.distributed.tensor.DTensor
     FSDP1 = torch.distributed.fsdp.FullyShardedDataParallel
     FSDP2 = torch.distributed.fsdp.FSDPModule
+    Shard = torch.distributed.tensor.Shard
 
 
 def compiled_inner(module: nn.Module) -> nn.Module | None:

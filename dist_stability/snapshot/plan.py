@@ -110,6 +110,7 @@ class StatePlan:
             elsewhere than the first parameter (Adam's step counters on the CPU) and those with gaps in their memory:
             they are small, or rare, and kept whole.
         pieces: What this rank keeps.
+        paths: Of each entry: (number of the optimizer, id of the parameter), and below it what its state is called.
         signature: 64-bit number, the same on every rank that trains the same model with the same optimizers. Made of
             parameters only: ranks whose shards are empty may have no state for them.
         nbytes: Bytes of all entries on this rank.
@@ -143,6 +144,7 @@ class StatePlan:
                 self._tied.append((owners[place], part))
             self.places.append(place)
         self._owners = tuple(owners)
+        self.paths = tuple(walk.paths[part] for part in owners)
         self._devices = tuple(walk.parts[part].device for part in owners)
         self._sums: Sums | None = None
         homes = {id(handle): home for _, handle, home in self.parameters}
@@ -181,7 +183,7 @@ class StatePlan:
         """
         parallel.reshard(model)
         layout = parallel.Layout(model, world)
-        known = {id(parameter): _WRAPPERS.sub("", name) for name, parameter in model.named_parameters()}
+        known = {id(parameter): bare(name) for name, parameter in model.named_parameters()}
         parameters: list[tuple[str, torch.Tensor, parallel.Residence]] = []
         state_residences: dict[int, parallel.Residence] = {}
         facts: list[Any] = []
@@ -360,6 +362,11 @@ class StatePlan:
         if self._sums is None or self._sums.devices != tuple(tensor.device for tensor in tensors):
             self._sums = Sums(tensors)
         return self._sums
+
+
+def bare(name: str) -> str:
+    """The name of a parameter or buffer without what wrappers put into it: the same under every kind of parallelism."""
+    return _WRAPPERS.sub("", name)
 
 
 def flat(tensor: torch.Tensor) -> torch.Tensor:

@@ -30,7 +30,7 @@ class SlotRing:
         Args:
             anchors: How many older states are kept, >= 0.
             copier: Moves the bytes; by default everything on the CPU is done at once.
-            spare: Slots beyond those, >= 0: a sealed state that is not safe any more stays the longer.
+            spare: Slots beyond those, >= 0, for what is held; a sealed state stays the longer for them.
             source: Where the memory of the slots comes from.
         """
         self._kept = anchors
@@ -39,6 +39,7 @@ class SlotRing:
         self._slots += [Slot(self._copier, self._slots, source) for _ in range(2 + anchors + spare)]
         self._safe: Slot | None = None
         self._before: Slot | None = None  # safe until the bytes of the safe one are there
+        self._guests: list[Slot] = []  # held for somebody else; as often as that
         self.anchors: list[Slot] = []
 
     @property
@@ -90,6 +91,19 @@ class SlotRing:
             self.anchors = [*self.anchors, slot][-self._kept :]
         self._let_go()
         self._release_unused()
+
+    def hold(self, slot: Slot) -> None:
+        """Somebody reads this slot: it is not filled again before as many calls of :meth:`drop`.
+
+        The ring must have been made with a spare slot for each that is held at a time.
+        """
+        self._guests.append(slot)
+
+    def drop(self, slot: Slot) -> None:
+        """Undo one :meth:`hold`."""
+        self._guests.pop(next(place for place, guest in enumerate(self._guests) if guest is slot))
+        if not self._in_use(slot):
+            slot.release()
 
     def order(self) -> None:
         """The barrier: what changes the state from here on comes after every copy. The host waits for no device.
@@ -149,7 +163,7 @@ class SlotRing:
                 yield other
 
     def _in_use(self, slot: Slot) -> bool:
-        return slot is self._safe or slot is self._before or any(slot is anchor for anchor in self.anchors)
+        return slot is self._safe or slot is self._before or any(slot is one for one in (*self.anchors, *self._guests))
 
     def _let_go(self) -> None:
         """Release the slot that was safe before, once the safe one is there."""

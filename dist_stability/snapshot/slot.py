@@ -177,7 +177,9 @@ class Slot:
         if not self._transfers:
             self.state = SlotState.COMPLETE
 
-    def take(self, plan: StatePlan, memory: FoundArena, attempt: int, digests: Digests, sums: torch.Tensor) -> None:
+    def take(
+        self, plan: StatePlan, memory: Arena | FoundArena, attempt: int, digests: Digests, sums: torch.Tensor
+    ) -> None:
         """Become the copy that another process made under a plan of the same form. Nothing is read or compared yet.
 
         Args:
@@ -222,6 +224,11 @@ class Slot:
         if self._arena is None:
             raise SnapshotError("the slot was never filled")
         return self._arena
+
+    @property
+    def starts(self) -> tuple[int, ...]:
+        """Byte at which each piece of the plan begins in its memory."""
+        return self._layout.starts
 
     @property
     def held(self) -> tuple[tuple[Held, ...], ...]:

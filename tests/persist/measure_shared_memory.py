@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from dist_stability import LossProbe, SharedMemory, StabilityController
-from dist_stability.resume import Persistence
+from dist_stability.persistence import Persistence
 
 
 class Many(nn.Module):

@@ -47,9 +47,9 @@ def test_notes_of_the_dead_are_not_read() -> None:
         harness.pool(2).close()  # its environment was changed
 
 
-def launch(out: Path, job: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+def launch(out: Path, job: str, *arguments: str, restarts: int = 3) -> subprocess.CompletedProcess[str]:
     alone = {name: value for name, value in os.environ.items() if name not in ("WORLD_SIZE", "RANK", "LOCAL_RANK")}
-    torchrun = ["-m", "torch.distributed.run", "--nproc_per_node=2", "--max-restarts=3", f"--rdzv-id={job}"]
+    torchrun = ["-m", "torch.distributed.run", "--nproc_per_node=2", f"--max-restarts={restarts}", f"--rdzv-id={job}"]
     torchrun += ["--rdzv-backend=c10d", "--rdzv-endpoint=127.0.0.1:0", "--local-addr=127.0.0.1"]
     return subprocess.run(
         [sys.executable, *torchrun, str(TRAIN), *SMALL, *KEPT, *arguments, "--out", str(out)],
@@ -95,3 +95,22 @@ def test_killed_and_started_again_by_the_agent(parallel: str, tmp_path: Path) ->
         assert summaries[0][name] == summaries[1][name], name
     assert left(job) == []
     assert ended.stderr.count("exitcode: -9") == 1
+
+
+@pytest.mark.slow
+def test_from_disk_after_the_job_has_ended_and_under_another_kind_of_parallelism(tmp_path: Path) -> None:
+    job, out = f"disk-{uuid.uuid4().hex[:8]}", tmp_path / "killed"
+    mode, kept = ("--parallel", "fsdp2"), ("--persist", "disk", "--checkpoint-every", "3", "--resume", "auto")
+    assert launch(tmp_path / "whole", job, *mode).returncode == 0
+    died = launch(out, job, *mode, *kept, "--inject", "kill:step=8,phase=vote,rank=1", restarts=0)
+    assert died.returncode != 0
+    ended = launch(out, job, *mode, *kept)
+    assert ended.returncode == 0, ended.stderr
+    assert f"resumed at attempt 6 from checkpoints in {out}/checkpoints (" in ended.stdout
+    for rank in range(2):
+        images = [json.loads((each / f"state-rank{rank}.json").read_text()) for each in (tmp_path / "whole", out)]
+        assert differences(*images) == [], f"rank {rank}"
+    other = launch(out, job, "--parallel", "ddp", *kept)
+    assert other.returncode == 0, other.stderr
+    assert "resumed at attempt 9 from checkpoints" in other.stdout
+    assert "written by 2 ranks (fsdp2) and taken over by 2 ranks (ddp): values are equal" in other.stdout

@@ -108,7 +108,7 @@ def test_a_seal_comes_back(tmp_path: Path) -> None:
         "plain": (1, None, "x", {"y": [2.5]}),
     }
     path = tmp_path / "seal"
-    record.write(path, HEAD_OF_RECORD, body, lambda: None)
+    record.write(path, HEAD_OF_RECORD, record.dumps(body), lambda: None)
     head, data = record.read(path)
     assert head == HEAD_OF_RECORD and path.stat().st_mode & 0o777 == 0o600
     found = record.loads(data)
@@ -120,7 +120,7 @@ def test_a_seal_comes_back(tmp_path: Path) -> None:
 
 def test_cut_short_anywhere_or_a_flipped_byte_anywhere(tmp_path: Path) -> None:
     path = tmp_path / "seal"
-    record.write(path, HEAD_OF_RECORD, [1, 2, 3], lambda: None)
+    record.write(path, HEAD_OF_RECORD, record.dumps([1, 2, 3]), lambda: None)
     whole = path.read_bytes()
     for length in range(len(whole)):
         path.write_bytes(whole[:length])
@@ -667,7 +667,7 @@ def test_bad_settings(tmp_path: Path) -> None:
     model = nn.Linear(2, 2)
     probe = LossProbe(lambda module, batch: module(batch).sum(), [torch.ones(1, 2)])
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    with pytest.raises(TypeError, match=r"persist: expected SharedMemory\(...\) or None, got str"):
+    with pytest.raises(TypeError, match=r"persist: expected SharedMemory\(...\), Checkpoints\(...\), a list .*got str"):
         StabilityController(model, optimizer, probe, persist="/dev/shm")
     with pytest.raises(ValueError, match="persist: mode='observe' takes no snapshots"):
         StabilityController(model, optimizer, probe, persist=SharedMemory("job", tmp_path), mode="observe")

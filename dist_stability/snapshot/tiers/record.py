@@ -69,21 +69,21 @@ class Head:
         return self.made, self.attempt, self.history
 
 
-def write(path: Path, head: Head, body: Any, on_chunk: Callable[[], object]) -> None:
+def write(path: Path, head: Head, body: bytes, on_chunk: Callable[[], object], sync: bool = False) -> None:
     """Write a seal; it is there whole, or not at all.
 
     Args:
         path: Of the seal. What is there is replaced.
         head: What it is chosen by.
-        body: Anything that can be pickled.
+        body: From :func:`dumps`.
         on_chunk: Called between the parts of the work.
+        sync: Wait until the disk has it.
 
     Raises:
         OSError: No room, or the folder has gone.
-        Exception: Something in the body cannot be pickled; nothing was written then.
     """
     said = json.dumps(asdict(head)).encode()
-    data = b"".join((MAGIC, len(said).to_bytes(4, "little"), said, dumps(body)))
+    data = b"".join((MAGIC, len(said).to_bytes(4, "little"), said, body))
     partial = path.with_name(f"{path.name}.partial")
     handle = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
     with os.fdopen(handle, "wb") as file:
@@ -91,6 +91,9 @@ def write(path: Path, head: Head, body: Any, on_chunk: Callable[[], object]) -> 
         file.flush()
         on_chunk()
         file.write(_digest(data))
+        if sync:
+            file.flush()
+            os.fsync(file.fileno())
     on_chunk()
     partial.replace(path)
 

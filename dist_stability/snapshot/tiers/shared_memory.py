@@ -13,6 +13,7 @@ that would start it again runs: that cannot change any more, so two processes th
 from __future__ import annotations
 
 import atexit
+import builtins
 import itertools
 import os
 import re
@@ -22,7 +23,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 
@@ -31,6 +32,7 @@ from ..arena import Arena, FoundArena, Memory
 from . import record
 from .processes import Owner
 from .record import Head, Unusable
+from .tier import Found, Listing
 
 _PREFIX = "dist_stability"
 _SEALS = ("a", "b")
@@ -152,6 +154,7 @@ class Shelf(Memory):
 
     Attributes:
         name: For messages.
+        folder: Where.
     """
 
     name = "shared memory"
@@ -163,7 +166,8 @@ class Shelf(Memory):
             ValueError: The folder is not there or cannot be written to, or the job's name is in use by a process that
                 runs.
         """
-        self._folder, self._job, self._rank, self._count = Path(setting.folder), setting.job, rank, count
+        self.folder = Path(setting.folder)
+        self._job, self._rank, self._count = setting.job, rank, count
         self._owner = Owner.this()
         self._pid = os.getpid()
         self._arenas: list[Arena] = []
@@ -173,32 +177,32 @@ class Shelf(Memory):
         self._looked = False
         self._closed = False
         self._check_folder()
-        remove_stale(self._folder, self._job)
-        mine = (self._folder, self._job, rank)
+        remove_stale(self.folder, self._job)
+        mine = (self.folder, self._job, rank)
         earlier = list(self._earlier())
         used = next((file.owner for file in earlier if file.owner.alive() and file.owner.process[0] != self._pid), None)
         if used is not None or any(shelf.place == mine for shelf in _open):
             whose = f"process {used.process[0]}" if used is not None else "another controller of this process"
             raise ValueError(
                 f"rank {rank}: persist=SharedMemory(job={self._job!r}): the snapshots of this job and rank in "
-                f"{self._folder} belong to {whose}, which runs. Give each run a job name of its own, or end that one"
+                f"{self.folder} belong to {whose}, which runs. Give each run a job name of its own, or end that one"
             )
 
     @property
     def place(self) -> tuple[Path, str, int]:
         """Folder, job and rank."""
-        return self._folder, self._job, self._rank
+        return self.folder, self._job, self._rank
 
     # ------------------------------------------------------------------ memory of the slots
 
     def check(self, need: int, slots: int) -> None:
         """See Memory; the folder's room counts as well."""
         super().check(need, slots)
-        found = os.statvfs(self._folder)
+        found = os.statvfs(self.folder)
         free = found.f_bavail * found.f_frsize
         if need > free:
             raise SnapshotError(
-                f"rank {self._rank}: persist=SharedMemory(folder='{self._folder}'): snapshots need {need / 2**20:.0f} "
+                f"rank {self._rank}: persist=SharedMemory(folder='{self.folder}'): snapshots need {need / 2**20:.0f} "
                 f"MiB there ({slots} slots), and {free / 2**20:.0f} MiB are free. Make it larger (mount -o "
                 "remount,size=...; docker run --shm-size=...), keep fewer anchors, or name another folder"
             )
@@ -210,13 +214,26 @@ class Shelf(Memory):
             self._remove(arena.path)
         name = f"{_PREFIX}.{os.getuid()}.{self._job}.r{self._rank}.{self._owner}.{next(_numbers)}"
         _open.add(self)
-        arena = Arena(nbytes, device, self._folder / name)
+        arena = Arena(nbytes, device, self.folder / name)
         self._arenas.append(arena)
         return arena
 
+    @property
+    def where(self) -> str:
+        """For messages: name and job."""
+        return f"{self.name} (job {self._job})"
+
     # ------------------------------------------------------------------ records
 
-    def seal(self, memory: Arena | FoundArena, head: Head, body: Any, on_chunk: Callable[[], object]) -> None:
+    def list(self, world: int, signature: int) -> Listing:
+        """See Tier."""
+        return Listing(*self.records(world, signature))
+
+    def begin(self, made: int, found: Found | None) -> None:
+        """See Tier: the other slots of earlier processes are of no use any more."""
+        self.forget_earlier(but=found.path if isinstance(found, Record) else None)
+
+    def seal(self, memory: Arena | FoundArena, head: Head, body: bytes, on_chunk: Callable[[], object]) -> None:
         """Make what a slot holds findable. The seal before stays; what earlier processes left goes at the second one.
 
         At the second, because by then all ranks have made the first: there was a vote in between. There is none between
@@ -236,13 +253,13 @@ class Shelf(Memory):
             gone = self.forget_earlier()
             if gone and not self._looked:
                 warnings.warn(
-                    f"rank {self._rank}: job {self._job!r} had snapshots of an earlier process in {self._folder}, and "
+                    f"rank {self._rank}: job {self._job!r} had snapshots of an earlier process in {self.folder}, and "
                     "nobody called resume(): they are removed now, as this run has its own",
                     RuntimeWarning,
                     stacklevel=2,
                 )
 
-    def records(self, world: int, signature: int) -> tuple[list[Record], list[str]]:
+    def records(self, world: int, signature: int) -> tuple[builtins.list[Record], builtins.list[str]]:
         """What earlier processes of this job and rank left.
 
         Args:
@@ -295,7 +312,7 @@ class Shelf(Memory):
     def _earlier(self) -> Iterator[FileName]:
         """Files of this job and rank that are not this shelf's; what was interrupted in its writing counts as well."""
         mine = {arena.path for arena in self._arenas}
-        for file in files(self._folder):
+        for file in files(self.folder):
             if (file.job, file.rank) == (self._job, self._rank) and file.slot not in mine:
                 yield file
 
@@ -316,7 +333,7 @@ class Shelf(Memory):
             return
         self.forget_earlier()
         self.discard()
-        for file in files(self._folder):
+        for file in files(self.folder):
             if file.job == self._job and file.rank >= self._count and not file.owner.alive():
                 file.path.unlink(missing_ok=True)
 
@@ -337,11 +354,11 @@ class Shelf(Memory):
         self._last.pop(slot, None)
 
     def _check_folder(self) -> None:
-        where = f"rank {self._rank}: persist=SharedMemory(folder='{self._folder}')"
-        if not self._folder.is_dir():
+        where = f"rank {self._rank}: persist=SharedMemory(folder='{self.folder}')"
+        if not self.folder.is_dir():
             raise ValueError(f"{where}: there is no such folder; name one in memory, such as /dev/shm")
         try:
-            with tempfile.TemporaryFile(dir=self._folder):
+            with tempfile.TemporaryFile(dir=self.folder):
                 pass
         except OSError as error:
             raise ValueError(f"{where}: it cannot be written to ({error}); name one that can") from error
