@@ -22,15 +22,19 @@ import zoo
 from test_resume_ranks import FAULT, REFUSED, left
 from zoo import Case
 
-from dist_stability import SharedMemory
+from dist_stability import Checkpoints, SharedMemory
 from dist_stability.snapshot.arena import FoundArena
 from dist_stability.snapshot.tiers import record
+from dist_stability.snapshot.tiers.manifest import attempts, read_manifest
 from dist_stability.snapshot.tiers.shared_memory import files
 from dist_stability.testing import FaultInjector, StateImage, capture_state, compare
 
 KINDS = ("SIGKILL", "SIGTERM", "SIGSTOP", "_exit", "exception")
 PHASES = ("forward", "backward", "seal", "gradients", "step", "after step", "probe", "vote", "copy", "restore", "done")
+WRITING = "delivery"
 BOTH = 2
+EVERY = 3
+"""Attempts from one checkpoint on disk to the next."""
 
 
 @dataclass(frozen=True)
@@ -52,6 +56,7 @@ class Draw:
     deaths: tuple[Death, ...]
     decision: str = "immediate"
     scheduler: bool = field(default=False)
+    tiers: tuple[str, ...] = ("memory",)
 
     @property
     def case(self) -> Case:
@@ -101,7 +106,8 @@ def train(
     case = draw.case
     setup = zoo.build(case, rank, world)
     injector = FaultInjector.parse([FAULT])
-    persist = SharedMemory("test", folder) if folder else None
+    known = {"memory": SharedMemory("test", folder), "disk": Checkpoints(Path(folder) / "disk", EVERY, keep=2)}
+    persist = [known[tier] for tier in draw.tiers] if folder else None
     controller = zoo.control(case, setup, injector=injector, persist=persist, timeout=6.0, decision=draw.decision)
     reaper = None
     if death is not None and death.rank in (rank, BOTH):
@@ -125,15 +131,27 @@ def train(
     return start, capture_state(setup.model, setup.optimizers, setup.extra_state, setup.scaler), verdicts
 
 
-def sealed(folder: Path) -> list[set[int]]:
-    """For each rank, the attempts that it could go on with: sound seals of slots that still hold what was sealed."""
+def common(folder: Path) -> int:
+    """The newest attempt that both ranks could go on with: sealed in memory or written to disk, and sound."""
     found: list[set[int]] = [set(), set()]
+    for path in attempts(folder / "disk") if (folder / "disk").exists() else ():
+        manifest = read_manifest(path)
+        assert not manifest.damaged()
+        for each in found:
+            each.add(manifest.head.made)
     for file in files(folder):
         if file.seal in ("a", "b"):
             head, _ = record.read(file.path)
             if FoundArena(file.slot, head.nbytes).fill == head.fill:
                 found[file.rank].add(head.made)
-    return found
+    return max(set.intersection(*found), default=0)
+
+
+def oldest_promised(draw: Draw, died: int) -> int:
+    """One attempt behind the death, two where verdicts are read a step late; on disk the checkpoint before the last."""
+    if "memory" in draw.tiers:
+        return died - (1 if draw.decision == "immediate" else 2)
+    return died // EVERY * EVERY - EVERY
 
 
 _whole: dict[tuple[Case, str], list[Any]] = {}
@@ -153,16 +171,17 @@ def check(draw: Draw, folder: Path) -> None:
         died = [int(note.read_text()) for note in notes if note.exists()]
         for note in notes:
             note.unlink(missing_ok=True)
+        if not died and death.phase == WRITING and not any(isinstance(result, harness.RankError) for result in ended):
+            break  # gone on with so late that nothing was due any more
         assert died, f"{death} did not happen: {[str(result)[:300] for result in ended]}"
         assert_died(death, ended)
-        at = max(set.intersection(*sealed(folder)), default=0)
-        # One attempt behind the death, or two where a verdict is read a step late; never behind an earlier restart.
-        assert at >= max(before, min(died) - (1 if draw.decision == "immediate" else 2)), (death, died, sealed(folder))
-        assert at <= max(died)
+        at = common(folder)
+        assert max(before, oldest_promised(draw, min(died))) <= at <= max(died), (death, died)
         before = at
-    again = pool.run(train, draw, str(folder), None)
+    else:
+        ended = pool.run(train, draw, str(folder), None)
     for rank in range(2):
-        start, image, verdicts = again[rank]
+        start, image, verdicts = ended[rank]
         assert start == before
         assert compare(whole[rank][1], image) == [], f"rank {rank}"
         assert verdicts == whole[rank][2][len(whole[rank][2]) - len(verdicts) :]
@@ -191,6 +210,7 @@ FIXED = {
     "stopped in forward": Draw("fsdp2", (Death("SIGSTOP", "forward", 5, 0),)),
     "terminated in a restore": Draw("ddp", (Death("SIGTERM", "restore", 0, 1, 2),)),
     "both, in a seal": Draw("fsdp2", (Death("SIGKILL", "seal", 6, BOTH, 1),), scheduler=True),
+    "killed in a write to disk": Draw("fsdp2", (Death("SIGKILL", WRITING, 6, 0, 3),), tiers=("disk",)),
     "deferred, twice": Draw(
         "fsdp2", (Death("SIGKILL", "step", 3, 0), Death("_exit", "restore", 0, 1, 1)), decision="deferred"
     ),
@@ -205,8 +225,13 @@ def test_a_death_costs_no_more_than_is_promised(name: str, tmp_path: Path) -> No
 def drawn(draw: random.Random) -> Draw:
     """One case: any kind at any phase, half of them twice."""
 
+    tiers = draw.choice((("memory",), ("memory",), ("disk",), ("memory", "disk")))
+
     def death(low: int) -> Death:
-        how, phase = draw.choice(KINDS), draw.choice(PHASES)
+        how, phase = draw.choice(KINDS), draw.choice((*PHASES, *([WRITING] * 3 if "disk" in tiers else ())))
+        if phase == WRITING:  # in a thread of its own: an exception there ends nothing but the write
+            how = draw.choice([kind for kind in KINDS if kind != "exception"])
+            return Death(how, phase, draw.randrange(7), draw.randrange(2), draw.randrange(6))
         rank = draw.choice((0, 1) if how == "SIGSTOP" else (0, 1, BOTH))
         chunks: Callable[[int], int] = draw.randrange
         call = chunks(3) if phase in ("seal", "copy", "restore") else 0
@@ -216,7 +241,11 @@ def drawn(draw: random.Random) -> Draw:
     deaths = (death(draw.randrange(8)),)
     deaths += (death(deaths[0].attempt),) if draw.random() < 0.5 else ()
     return Draw(
-        draw.choice(("ddp", "fsdp2")), deaths, draw.choice(("immediate", "deferred")), scheduler=draw.random() < 0.5
+        draw.choice(("ddp", "fsdp2")),
+        deaths,
+        draw.choice(("immediate", "deferred")),
+        scheduler=draw.random() < 0.5,
+        tiers=tiers,
     )
 
 

@@ -133,6 +133,20 @@ def test_told_to_stop_and_back_bit_for_bit(start: Start, whole: Whole, tmp_path:
     assert_equal(whole(*mode), tmp_path / "cut")
 
 
+@pytest.mark.parametrize("decision", ["immediate", "deferred"])
+def test_told_to_stop_and_back_on_other_hosts(start: Start, whole: Whole, tmp_path: Path, decision: str) -> None:
+    """No checkpoint was due, but one is written and waited for: where shared memory is lost, nothing else is."""
+    mode = ("--parallel", "fsdp2", *(("--decision", decision) if decision == "deferred" else ()))
+    kept = (*mode, "--persist", "shm,disk", "--checkpoint-every", "1000", "--resume", "auto")
+    assert start(*kept, rings={1: [(6, "step")]}) == LEFT
+    for path in Path("/dev/shm").glob("dist_stability.*.leaving-*"):
+        path.unlink()
+    left = len(read_events(tmp_path / "cut" / "events.jsonl"))
+    assert [path.name for path in (tmp_path / "cut" / "checkpoints").iterdir()] == [f"attempt-{left:08d}"]
+    assert start(*kept) == DONE
+    assert_equal(whole(*mode), tmp_path / "cut")
+
+
 def test_told_to_stop_while_it_resumes(start: Start, whole: Whole, tmp_path: Path) -> None:
     """It leaves without another step, and what it resumed from is still there for the next start."""
     mode = ("--parallel", "ddp")
