@@ -288,9 +288,9 @@ class Courier:
             LockstepError: That does not end.
         """
         for place in list(self._under_way):
-            self._await(place)
+            self._await(place, expected=True)
 
-    def _await(self, place: int) -> None:
+    def _await(self, place: int, expected: bool = False) -> None:
         job = self._under_way[place]
         if not job.done.is_set():
             begin = time.monotonic()
@@ -303,7 +303,7 @@ class Courier:
                     step=job.delivery.head.made,
                 )
             waited = time.monotonic() - begin
-            if waited > NOTICE:
+            if waited > NOTICE and not expected:
                 self._say(
                     place,
                     "slow",
