@@ -369,9 +369,12 @@ class StabilityController:
             RuntimeError: A training forward was seen since the last step.
             LockstepError, StabilityStop: See :meth:`step`.
         """
+        verdict = self._finish_pending()
+        self._seal_between()
+        return verdict
+
+    def _finish_pending(self) -> Verdict | None:
         if self._pending is None:
-            if not self._first_forward.captured:
-                self._seal_between()
             return None
         if self._first_forward.captured:
             raise RuntimeError(
@@ -379,9 +382,7 @@ class StabilityController:
                 f"whose gradients a refusal would make worthless: call finish() (or state_dict()) right after step()"
             )
         with self._noted():
-            verdict = self._settle_pending(last=True)
-        self._seal_between()
-        return verdict
+            return self._settle_pending(last=True)
 
     def leave(self) -> Verdict | None:
         """:meth:`finish`, for a process that ends to come back: also what ``persist`` has beside memory gets the state.
@@ -401,7 +402,8 @@ class StabilityController:
 
     def _seal_between(self) -> None:
         """Seal the safe state between two steps, if it is what stands and this process has made it."""
-        stands = not (self._ledger.pending or self._recovery.stale or self._closed)
+        begun = self._first_forward.captured
+        stands = not (begun or self._ledger.pending or self._recovery.stale or self._closed)
         if self._persistence is not None and stands and self._verdict is not None:
             unfetched = self._replay is not None and self._replay.queue.current is None
             self._seal(Between(self._scaler, unfetched))
@@ -545,7 +547,7 @@ class StabilityController:
         A verdict that is pending is settled first, as by :meth:`finish`, on all ranks together: call that before
         anything is saved, because a refusal changes the model that is saved beside this.
         """
-        verdict = self.finish()
+        verdict = self._finish_pending()
         if verdict is not None and verdict.action is not Action.COMMIT:
             warnings.warn(
                 f"state_dict(): attempt {verdict.step} was refused only now ({verdict.action}); what was saved of the "

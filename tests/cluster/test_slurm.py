@@ -49,10 +49,10 @@ def assert_same_final_state(first: Path, second: Path) -> None:
         assert differences(*images) == []
 
 
-def high_priority_job(slurm: Testbed, folder: Path) -> str:
+def high_priority_job(slurm: Testbed, folder: Path, command: str = "srun hostname") -> str:
     """A job that takes both nodes for a moment, from whoever has them."""
     return slurm.submit(
-        "--partition=high", "--nodes=2", "--exclusive", "--output=high.log", "--wrap=srun hostname", folder=folder
+        "--partition=high", "--nodes=2", "--exclusive", "--output=high.log", f"--wrap={command}", folder=folder
     )
 
 
@@ -118,10 +118,17 @@ class Submission:
 class Training:
     """A run of launch/train.py on both nodes, FSDP2 over them; slow for a while in its first life, to be cut there."""
 
-    def __init__(self, slurm: Testbed, folder: Path, seconds: float = 1.2) -> None:
+    def __init__(self, slurm: Testbed, folder: Path, seconds: float = 1.2, tiers: str = "shm") -> None:
         self._slurm, self._folder, self._out = slurm, folder, folder / "run"
         slow = f"sleep:step=10,length={STEPS - 10},phase=gradients,seconds={seconds:g}"
-        kept = ("--state-digest", "--persist=shm", "--resume=auto", f"--inject={slow}", f"--out={self._out}")
+        kept = (
+            "--state-digest",
+            f"--persist={tiers}",
+            "--checkpoint-every=1000",
+            "--resume=auto",
+            f"--inject={slow}",
+            f"--out={self._out}",
+        )
         self.command = (TRAIN, *SMALL.split(), *kept)
 
     def sbatch(self, template: str, *options: str) -> tuple[str, Path]:
@@ -141,9 +148,9 @@ class Training:
         """Its ranks that run now."""
         return [int(folder.name) for folder in Path("/proc").iterdir() if folder.name.isdigit() and _rank(folder, job)]
 
-    def assert_went_on(self, job: str, trained: Path, said: str) -> None:
+    def assert_went_on(self, job: str, trained: Path, said: str, source: str = "shared memory") -> None:
         """It went on where it was cut, and ended like a run that nobody cut; nothing of it is left."""
-        resumed = re.findall(r"resumed at attempt (\d+) from shared memory", said)
+        resumed = re.findall(rf"resumed at attempt (\d+) from {source}", said)
         assert len(resumed) == 1 and 10 <= int(resumed[0]) < STEPS, said
         assert_same_final_state(self._out, trained)
         assert [event["attempt"] for event in self.events()] == list(range(STEPS))
@@ -211,15 +218,19 @@ def test_killed_and_started_again_on_the_same_nodes(slurm: Testbed, trained: Pat
     run.assert_went_on(job, trained, log.read_text())
 
 
-def test_submitted_by_submit_py_preempted_and_back(slurm: Testbed, trained: Path, tmp_path: Path) -> None:
-    run = Training(slurm, tmp_path)
+def test_submitted_by_submit_py_preempted_and_back_with_its_memory_emptied(
+    slurm: Testbed, trained: Path, tmp_path: Path
+) -> None:
+    """As on other nodes, or where the cluster cleans up between two jobs: the state is on disk, too."""
+    run = Training(slurm, tmp_path, tiers="shm,disk")
     with submitted(slurm, tmp_path, *run.command) as submission:
         until("ten steps", lambda: len(run.events()) >= 12, 90)
-        slurm.until_state(high_priority_job(slurm, tmp_path), "COMPLETED", 90)
+        urgent = high_priority_job(slurm, tmp_path, "srun hostname; rm /dev/shm/dist_stability.*")
+        slurm.until_state(urgent, "COMPLETED", 90)
         said = submission.end()
     assert slurm.job(submission.job)["Restarts"] == "1"
     assert f"job {submission.job}: 2 x 1 processes on slurm" in said
-    run.assert_went_on(submission.job, trained, said)
+    run.assert_went_on(submission.job, trained, said, "checkpoints in")
 
 
 def test_submitted_by_submit_py_killed_and_started_again(slurm: Testbed, trained: Path, tmp_path: Path) -> None:
