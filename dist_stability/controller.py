@@ -49,7 +49,7 @@ from .learning_rate import RateCut, announced
 from .ledger import Ledger
 from .measured_cadence import MeasuredCadence
 from .measuring import Measuring
-from .persistence import Persistence, Setting
+from .persistence import Between, Persistence, Setting
 from .recovery import Recovery
 from .replay import Replay
 from .resume import Resumed
@@ -119,6 +119,8 @@ class StabilityController:
         persist: Keep states where they outlive the process: :meth:`resume` of a restarted one finds them. The snapshots
             themselves in ``SharedMemory(...)``, some of them also on another host (``PeerCopies(...)``) or on disk
             (``Checkpoints(...)``), or several of these in a list.
+        asked_to_stop: Whether this rank was told to end (a signal of the cluster). Asked at every vote, in which the
+            answer rides: :attr:`stopping` is true on all ranks once it was yes on any.
         on_event: Called on every rank with one dict for each attempt; deferred ones follow at the next step.
 
     Use it as a context manager around the loop: an exception in the loop then leaves the other ranks a note that says
@@ -163,13 +165,16 @@ class StabilityController:
         split_replicas: bool | None = None,
         shadow: bool = False,
         persist: Setting | Sequence[Setting] | None = None,
+        asked_to_stop: Callable[[], bool] | None = None,
         on_event: Callable[[dict[str, Any]], None] | None = None,
     ) -> None:
         """Check the arguments, agree on them with the other ranks, measure y(theta_0), take the first snapshot."""
         rule = PredictiveInnovation() if rule is None else rule
         trend = SlowDivergence() if trend is _DEFAULT_TREND else trend
         optimizers = check_optimizers(optimizer)
-        guards, self._extra_state = check_parts(model, probe, rule, guards, extra_state, confirm, trend, reload)
+        guards, self._extra_state = check_parts(
+            model, probe, rule, guards, extra_state, confirm, trend, reload, asked_to_stop
+        )
         check_settings(
             every, mode, probe_on, timeout, replica_check_every, anchors, escalation, decision, split_replicas, shadow
         )
@@ -217,6 +222,7 @@ class StabilityController:
         self._pending: Question | None = None
         self._dropped: Verdict | None = None
         self._verdict: Verdict | None = None
+        self._scaler: Any = None
         self._hooks: OptimizerHooks | None = None
         self._withheld: list[tuple[torch.Tensor, torch.Tensor | None]] = []
         self._replay: Replay | None = None
@@ -226,6 +232,7 @@ class StabilityController:
         # From here on other ranks are involved.
         device = parallel.local(optimizers[0].param_groups[0]["params"][0]).device
         self._vote, self._phases.watch = make_vote(process_group, device, self._timeout)
+        self._vote.asked_to_stop = asked_to_stop
         if self._persistence is not None:
             self._persistence.connect(self._vote)
         self._veto = VetoStage(guards, optimizers, self._vote, self._phases)
@@ -336,11 +343,23 @@ class StabilityController:
         """The last verdict."""
         return self._verdict
 
+    @property
+    def stopping(self) -> bool:
+        """Whether ``asked_to_stop`` was yes on some rank by the last vote that was read: the same on every rank.
+
+        Votes are on judged attempts, in :meth:`resume` and at construction. Enters no collective.
+        """
+        return self._vote.stopping
+
     def finish(self) -> Verdict | None:
         """Read the verdict that is still pending (``decision="deferred"``); afterwards the state is the committed one.
 
-        Call it on all ranks between a ``step()`` and the next forward: after the last step, and before anything is
-        saved. A refusal takes back the last step and what the loop did after it; no other batch is dropped.
+        Call it on all ranks between a ``step()`` and the next forward: after the last step, before anything is saved,
+        and before the process ends to come back. A refusal takes back the last step and what the loop did after it; no
+        other batch is dropped.
+
+        With ``persist`` the safe state is sealed here as well, without another copy of it: :meth:`resume` goes on with
+        the attempt after the last one (after unjudged attempts: with the first of them). Step the schedulers before.
 
         Returns:
             The final verdict of the last attempt; None if nothing is pending.
@@ -351,6 +370,11 @@ class StabilityController:
             RuntimeError: A training forward was seen since the last step.
             LockstepError, StabilityStop: See :meth:`step`.
         """
+        verdict = self._finish_pending()
+        self._seal_between()
+        return verdict
+
+    def _finish_pending(self) -> Verdict | None:
         if self._pending is None:
             return None
         if self._first_forward.captured:
@@ -360,6 +384,35 @@ class StabilityController:
             )
         with self._noted():
             return self._settle_pending(last=True)
+
+    def leave(self) -> Verdict | None:
+        """:meth:`finish`, for a process that ends to come back: also what ``persist`` has beside memory gets the state.
+
+        Call it on all ranks between a ``step()`` and the next forward, as when :attr:`stopping`; then end the process
+        with an exception or ``SystemExit`` through the context manager, or without unwinding. It waits until the state
+        is on disk; that it could not be brought there is a warning, and what was there before stays.
+
+        Returns:
+            See :meth:`finish`.
+
+        Collectives: those of :meth:`finish`; others in the background.
+        """
+        if self._persistence is None:
+            return self.finish()
+        return self._persistence.leave(self.finish)
+
+    def _seal_between(self) -> None:
+        """Seal the safe state between two steps, if it is what stands and this process has made it."""
+        begun = self._first_forward.captured
+        stands = not (begun or self._ledger.pending or self._recovery.stale or self._closed)
+        if self._persistence is not None and stands and self._verdict is not None:
+            unfetched = self._replay is not None and self._replay.queue.current is None
+            self._seal(Between(self._scaler, unfetched))
+
+    def _seal(self, between: Between | None = None) -> None:
+        assert self._persistence is not None
+        seen = None if self._replay is None else self._replay.export()
+        self._persistence.seal(self._ledger.attempt, self._ledger.history, self._memory(), seen, between)
 
     def resume(self, scaler: torch.amp.GradScaler | None = None) -> Resumed:
         """Go on from where an earlier process of this job stopped, if it died. Needs ``persist``.
@@ -497,7 +550,7 @@ class StabilityController:
         A verdict that is pending is settled first, as by :meth:`finish`, on all ranks together: call that before
         anything is saved, because a refusal changes the model that is saved beside this.
         """
-        verdict = self.finish()
+        verdict = self._finish_pending()
         if verdict is not None and verdict.action is not Action.COMMIT:
             warnings.warn(
                 f"state_dict(): attempt {verdict.step} was refused only now ({verdict.action}); what was saved of the "
@@ -633,7 +686,7 @@ class StabilityController:
                 f"and buffers could not be restored. Call the model that the controller was given (not a method of it, "
                 f"nor a copy), or give the controller the module that you call."
             )
-        scaler = check_scaler(scaler)
+        self._scaler = scaler = check_scaler(scaler)
         self._phases.enter("gradients")
         gradients = Gradients(self._recovery.plan.parameters, grad_norm)
         judged = self.cadence.judged(index) or (self._replay is not None and self._replay.queue.must_judge)
@@ -642,8 +695,7 @@ class StabilityController:
         if self._enforced:
             self._recovery.capture_entry(scaler, bool(self._ledger.pending))
             if self._persistence is not None and not self._ledger.pending:
-                seen = None if self._replay is None else self._replay.export()
-                self._persistence.seal(index, self._ledger.history, self._memory(), seen)
+                self._seal()
         with attempt.timed("guards"):
             self._veto.look(attempt)
             if self._enforced:

@@ -6,12 +6,17 @@ buffers before that step's forward are known, and no verdict is pending. Togethe
 moment before its batch was fetched, that is all the run depends on from there. After a refusal the same slot is sealed
 again: random streams and the number of attempts have moved on.
 
+A run that is about to be left (``finish()``) is sealed between two steps: the moment is the same, but its forward has
+not begun, so there are the random streams and buffers that stand, and those before the forward follow by themselves. A
+later seal of the same moment takes the place of the earlier one.
+
 **No gap.** Between two seals of a rank all ranks vote, so no rank is further ahead than one seal. A rank keeps its last
 two seals: two of one slot, or of two slots, of which the older is not filled again before the newer is sealed. With a
 deferred verdict the vote is read one step late, so there is one slot more. Whenever the ranks die, they have one moment
 in common.
 
-**Slower tiers.** At some attempts the sealed slot is given to the courier, which brings it to them beside the training.
+**Slower tiers.** At some attempts the sealed slot is given to the courier, which brings it to them beside the training;
+and when the run is left, whatever was sealed last.
 
 How it is found again is in resume.py.
 """
@@ -21,7 +26,8 @@ from __future__ import annotations
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, TypeVar
 
 import torch.distributed as dist
 from torch import nn
@@ -32,7 +38,7 @@ from .attempt import Phases, one_line
 from .errors import SnapshotError
 from .recovery import Recovery
 from .resume import Load, Resumed, Resuming, kinds
-from .snapshot import Memory, RandomState, Slot, SlotState, StatePlan
+from .snapshot import EntryState, ForwardState, Memory, RandomState, Slot, SlotState, StatePlan
 from .snapshot.catalogue import Catalogue
 from .snapshot.tiers.checkpoints import CheckpointFolder, Checkpoints
 from .snapshot.tiers.courier import Broken, Courier
@@ -44,7 +50,22 @@ from .snapshot.tiers.tier import Delivery, SlowTier, Tier
 from .startup import world_of
 from .vote import Vote
 
+T = TypeVar("T")
 Setting = SharedMemory | Checkpoints | PeerCopies
+
+
+@dataclass(frozen=True, slots=True)
+class Between:
+    """A seal between two steps.
+
+    Attributes:
+        scaler: The GradScaler of the last step, or None.
+        unfetched: The next batch is known not to have been fetched: the random streams are where they are to be then.
+            Otherwise they were at the end of the last step.
+    """
+
+    scaler: Any
+    unfetched: bool
 
 
 class Persistence:
@@ -94,6 +115,8 @@ class Persistence:
         self._job = next((setting.job for setting in settings if isinstance(setting, SharedMemory)), "")
         self._courier: Courier | None = None
         self._began = False
+        self._leaving = False
+        self._sealed: Delivery | None = None  # what was sealed last
         self._form: tuple[StatePlan | None, tuple[bytes, bytes]] = (None, (b"", b""))
         self._said_full = False
         self._before_fetch = RandomState.capture()
@@ -176,17 +199,25 @@ class Persistence:
         """An attempt is over: note where the random streams are before the loop fetches what comes next."""
         self._before_fetch = RandomState.capture()
 
-    def seal(self, made: int, history: int, memory: Mapping[str, Any], replay: Mapping[str, Any] | None) -> None:
+    def seal(
+        self,
+        made: int,
+        history: int,
+        memory: Mapping[str, Any],
+        replay: Mapping[str, Any] | None,
+        between: Between | None = None,
+    ) -> None:
         """Make the safe state findable, with everything else the present attempt began with. Local.
 
-        Called on entry of ``step()``, with nothing pending, when the captures of this attempt are there. Waits for the
-        copy of the safe state.
+        Called with nothing pending: on entry of ``step()``, when the captures of this attempt are there, or between two
+        steps. Waits for the copy of the safe state.
 
         Args:
             made: Attempts made, which is the index of the present one.
             history: Digest of all verdicts.
             memory: The controller's own state.
             replay: Which batches it has seen and which it will show again; None for a loop that does not ask it.
+            between: No forward has begun since the last step; None on entry of ``step()``.
 
         Raises:
             SnapshotError: The copy failed, or the state is of a kind that no other process could make again.
@@ -197,11 +228,12 @@ class Persistence:
         if courier is not None:
             courier.poll()
         due = [] if courier is None else courier.due(made)
-        if not due and self.shelf is None:
+        leaving = courier is not None and (self._leaving or self.vote.stopping)
+        if not (due or leaving) and self.shelf is None:
             return
         slot.wait()
         sound = slot.state is SlotState.VALID and not slot.spoilt
-        if not due and not sound:
+        if not (due or leaving) and not sound:
             return
         tell = self._phases.chunk("seal")
         tell()
@@ -217,15 +249,45 @@ class Persistence:
             slot.payload,
             time.time(),
         )
-        body = self._body(slot, memory, replay) if sound else b""
+        body = self._body(slot, memory, replay, between) if sound else b""
         if self.shelf is not None and sound:
             self._put(self.shelf, slot, head, body, tell)
+        self._sealed = Delivery(head, body, slot if sound else None, self._phases.chunk("delivery"))
         if courier is not None and due:
-            courier.offer(Delivery(head, body, slot if sound else None, self._phases.chunk("delivery")))
+            courier.offer(self._sealed)
 
-    def _body(self, slot: Slot, memory: Mapping[str, Any], replay: Mapping[str, Any] | None) -> bytes:
+    def leave(self, finish: Callable[[], T]) -> T:
+        """Seal what stands, bring what was sealed last to every slower tier, and wait for that. All ranks together.
+
+        Args:
+            finish: Seals it, if it can be.
+        """
+        self._leaving = True
+        finished = finish()
+        if self._courier is not None and self._sealed is not None:
+            self._courier.offer(self._sealed, now=True)
+            self._courier.flush()
+        return finished
+
+    @staticmethod
+    def _captured(slot: Slot) -> tuple[dict[str, Any], EntryState | None]:
         assert slot.forward is not None
+        return slot.forward.export(), slot.entry
+
+    def _standing(self, between: Between) -> tuple[dict[str, Any], EntryState]:
+        """What would be captured of the next attempt if it began now."""
+        if between.unfetched:
+            self.mark()
+        forward = ForwardState(self._model)
+        forward.capture()
+        entry = EntryState.capture(self._optimizers, between.scaler, self._extra_state)
+        return {**forward.export(), "random": None}, entry
+
+    def _body(
+        self, slot: Slot, memory: Mapping[str, Any], replay: Mapping[str, Any] | None, between: Between | None
+    ) -> bytes:
         try:
+            forward, entry = self._captured(slot) if between is None else self._standing(between)
             form, where = self._form_of(slot)
             return dumps(
                 {
@@ -239,8 +301,8 @@ class Persistence:
                     "digests": {ranks: int(digest) for ranks, digest in slot.digests.items()},
                     "measurement": slot.measurement,
                     "before fetch": self._before_fetch.export(),
-                    "forward": slot.forward.export(),
-                    "entry": slot.entry,
+                    "forward": forward,
+                    "entry": entry,
                     "controller": dict(memory),
                     "replay": replay,
                 }

@@ -104,6 +104,11 @@ class Recovery:
         """The weights are about to be loaded from elsewhere: take them as committed at the next training forward."""
         self._stale = True
 
+    @property
+    def stale(self) -> bool:
+        """The weights were loaded from elsewhere, and are not the safe state yet."""
+        return self._stale
+
     def capture_forward(self, attempt: int, pending: bool) -> None:
         """At the first training forward after a verdict. Local, because other ranks may be anywhere.
 
@@ -149,7 +154,8 @@ class Recovery:
             attempt: Index of the attempt that was committed.
             measurement: What the probe measured of it then.
             live: Digests of what stands.
-            random: Where the random streams are to be when the next training forward begins; None for where they are.
+            random: Where the random streams are to be when the next training forward begins; None if they get there by
+                themselves.
         """
         self.ring.reset()
         self.commit(plan, attempt, measurement, digests=live)

@@ -305,7 +305,8 @@ class Resuming:
         except Exception as error:
             failure = error
         self._agree(failure, head, live)
-        random = RandomState.of(body["forward"]["random"]) if ready.streams else None
+        drawn = body["forward"]["random"] if ready.streams else None
+        random = None if drawn is None else RandomState.of(drawn)
         self._recovery.resumed(plan, head.attempt, body["measurement"], live, random)
         if ready.streams:
             RandomState.of(body["before fetch"]).restore()

@@ -60,6 +60,7 @@ def check_parts(
     confirm: Any = None,
     trend: Any = None,
     reload: Any = None,
+    asked_to_stop: Any = None,
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """The objects a controller is made of. Returns (guards, extra_state).
 
@@ -79,6 +80,11 @@ def check_parts(
         raise TypeError(f"trend: expected an object like SlowDivergence() or None, got {_kind(trend)}")
     if reload is not None and not callable(reload):
         raise TypeError(f"reload: expected a function that loads the last persisted state, got {_kind(reload)}")
+    if asked_to_stop is not None and not callable(asked_to_stop):
+        raise TypeError(
+            f"asked_to_stop: expected a function without arguments, got {_kind(asked_to_stop)}; for a Preemption "
+            "asked_to_stop=lambda: preemption.raised"
+        )
     if not isinstance(rule, Rule) or isinstance(rule, type):
         raise TypeError(
             f"rule: expected an object with judge, commit, reject, state_dict and load_state_dict, got {_kind(rule)}"

@@ -106,6 +106,10 @@ class Vote:
         device: Device on which the group reduces.
         timeout: Seconds to wait for the other ranks.
         watch: Names the ranks that did not arrive; None for a single process.
+
+    Attributes:
+        asked_to_stop: Asked for every ballot of this rank; the answer rides in it.
+        stopping: Some rank's answer was yes in a vote that was read; the same on every rank between two votes.
     """
 
     def __init__(
@@ -123,6 +127,8 @@ class Vote:
         self.rank = rank
         self.device = device
         self.timeout = timeout
+        self.asked_to_stop: Callable[[], bool] | None = None
+        self.stopping = False
         self._watch = watch
         self._dead: LockstepError | None = None
         # Sent to the device once: sending them anew for each vote would make the host wait for it.
@@ -157,7 +163,8 @@ class Vote:
 
     def pack(self, ballot: Ballot) -> torch.Tensor:
         """The ballot as one float64 vector on the voting device. Enters no collective, waits for nothing."""
-        parts: list[torch.Tensor | float] = [float(ballot.no), float(ballot.replan), ballot.weight]
+        asked = self.asked_to_stop is not None and self.asked_to_stop()
+        parts: list[torch.Tensor | float] = [float(ballot.no), float(ballot.replan), ballot.weight, float(asked)]
         parts += [self._flag(ballot.veto)]
         parts += [*self._finite(ballot.measurement, ballot.weight), *self._finite(ballot.square_sum, 1.0)]
         parts += self._finite(ballot.confirmation, ballot.weight)
@@ -198,12 +205,12 @@ class Vote:
     @staticmethod
     def refused(vector: torch.Tensor) -> torch.Tensor:
         """Whether any rank said no or vetoed, from a reduced vector: a 0-d bool tensor, not waited for."""
-        return vector[0] + vector[3] > 0
+        return vector[0] + vector[4] > 0
 
     @staticmethod
     def square_sum(vector: torch.Tensor) -> torch.Tensor:
         """Squared global gradient norm, of its finite parts, from a reduced vector: 0-d float64, not waited for."""
-        return vector[6]
+        return vector[7]
 
     def reduce(self, vector: torch.Tensor, attempt: int) -> torch.Tensor:
         """Sum the vectors of all ranks, in place.
@@ -377,9 +384,10 @@ class Vote:
             LockstepError: On every rank, naming the ranks, if a number in ``agree`` differs between ranks.
         """
         values = vector.tolist()
-        no, replan, weight, veto, measured, measured_bad, squares, squares_bad, second, second_bad = values[:10]
-        rest = 10 + len(ballot.overflow)
-        overflow = tuple(found > 0 for found in values[10:rest])
+        no, replan, weight, asked, veto, measured, measured_bad, squares, squares_bad, second, second_bad = values[:11]
+        rest = 11 + len(ballot.overflow)
+        overflow = tuple(found > 0 for found in values[11:rest])
+        self.stopping = self.stopping or asked > 0
         pieces = _PIECES * (len(ballot.agree) + len(self.replica_groups))
         sums = [int(x) for x in values[rest : rest + pieces]]
         squared = [int(x) for x in values[rest + pieces : rest + 2 * pieces]]

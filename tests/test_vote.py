@@ -109,7 +109,25 @@ def test_overflow_is_per_optimizer() -> None:
 def test_flags_count() -> None:
     result = tally([Ballot(no=True), Ballot(veto=torch.tensor(True)), Ballot(replan=True)])
     assert (result.no, result.veto, result.replan) == (1, 1, 1)
-    assert bool(Vote.refused(torch.tensor([0.0, 0, 0, 1.0]))) and not bool(Vote.refused(torch.zeros(4)))
+    vote = Vote(None, (0,), 0, torch.device("cpu"), 10.0, None)
+    assert bool(Vote.refused(vote.pack(Ballot(veto=True)))) and bool(Vote.refused(vote.pack(Ballot(no=True))))
+    assert not bool(Vote.refused(vote.pack(Ballot(replan=True, weight=1.0))))
+
+
+def test_being_asked_to_stop_rides_in_every_vote_stays_and_refuses_nothing() -> None:
+    vote = Vote(None, (0,), 0, torch.device("cpu"), 10.0, None)
+    asked = False
+    vote.asked_to_stop = lambda: asked
+    ballot = Ballot(square_sum=scalar(4.0))
+    assert vote.cast(ballot, 0).gradient_norm == 2.0 and not vote.stopping
+    asked = True
+    vector = vote.pack(ballot)
+    assert not vote.stopping and not bool(Vote.refused(vector)) and float(Vote.square_sum(vector)) == 4.0
+    tally = vote.read(vector, ballot, 1)
+    assert vote.stopping and (tally.no, tally.veto, tally.replan, tally.gradient_norm) == (0, 0, 0, 2.0)
+    asked = False
+    vote.cast(ballot, 2)
+    assert vote.stopping
 
 
 @pytest.mark.parametrize("world", [1, 2, 1000, 65_536])

@@ -15,6 +15,7 @@ import torch
 
 from dist_stability.experiments.rivals import FEWEST_LOSSES
 from dist_stability.experiments.tasks import TASKS, TEXT_TASKS
+from dist_stability.submission.preemption import named
 from dist_stability.testing import FaultInjector
 
 PARALLEL = ("single", "ddp", "fsdp1", "fsdp2", "hsdp")
@@ -68,6 +69,8 @@ class Options:
     checkpoint_every: int
     checkpoint_keep: int
     resume: str
+    preempt_signal: str | None
+    preempt_grace: float
     state_digest: bool
     parameter_norm: bool
 
@@ -197,6 +200,14 @@ def _problems(v: argparse.Namespace, world: int, launched: bool) -> list[str]:
         "disk" in v.persist and v.parallel == "fsdp1",
         f"--persist {v.persist}: checkpoints cannot be written of --parallel fsdp1; use fsdp2, or --persist shm",
     )
+    refuse(
+        bool(v.preempt_signal) and v.persist == "no",
+        f"--preempt-signal {v.preempt_signal}: needs --persist, or the job that comes back starts anew",
+    )
+    try:
+        named(v.preempt_signal or "USR2")
+    except ValueError as error:
+        said.append(f"--preempt-signal: {error}")
     refuse(v.zclip and v.clip_grad_norm > 0, "--zclip: excludes --clip-grad-norm, which clips the same gradients")
     refuse(v.zclip and v.rule != "off", f"--zclip: clips instead of refusing, so it needs --rule off, not {v.rule}")
     refuse(v.dropout > 0 and v.task not in TEXT_TASKS, f"--dropout: the model of --task {v.task} has none")
@@ -343,6 +354,19 @@ def _parser() -> argparse.ArgumentParser:
         choices=RESUME,
         default="no",
         help="auto: go on from the newest state that all ranks find there; from the start if there is none",
+    )
+    guard.add_argument(
+        "--preempt-signal",
+        metavar="NAME",
+        help="with --persist: after this signal all ranks leave at the next step boundary, such that the job comes "
+        "back; '' for none (default: submitit's, else USR2)",
+    )
+    guard.add_argument(
+        "--preempt-grace",
+        type=positive,
+        default=60.0,
+        metavar="SECONDS",
+        help="a process that has not left this long after the signal is ended; what it has kept stays",
     )
 
     trial = parser.add_argument_group("trials")

@@ -6,6 +6,9 @@ builds what it needs and writes down what it did.
 
 A run writes into its folder: ``events.jsonl`` (rank 0; one event per attempt, as it happens), ``summary.json``, and
 with ``--state-digest`` one ``state-rank<r>.json`` per rank. It exits with 0 only if it ran to its end.
+
+With ``--persist``, a signal of the cluster ends it at a step boundary, on all ranks together and such that the job
+comes back: see docs/slurm.md. Started again with ``--resume auto`` it goes on there.
 """
 
 from __future__ import annotations
@@ -16,7 +19,7 @@ import os
 import random
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -57,7 +60,11 @@ from dist_stability.persistence import Setting
 from dist_stability.report.extras import MissingExtra
 from dist_stability.rules import Rule
 from dist_stability.signals import GroupNorms, UpdateRatio, UpdateRms
+from dist_stability.submission import Preemption
 from dist_stability.testing import LOSS_PHASES, FaultInjector, capture_state
+
+STARTED_AGAIN = ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT", "SLURM_STEP_ID")
+"""Not 0 in a process that torchrun, a requeue, or a template's second srun has started again."""
 
 LossFn = Callable[[nn.Module, Batch], Tensor]
 Controller = StabilityController | Unguarded
@@ -83,6 +90,7 @@ class Job:
     batches: Callable[[int], Iterator[tuple[int, list[Batch]]]]
     clip: Callable[[], float | Tensor | None]
     injector: FaultInjector
+    preemption: Preemption | None = None
 
 
 def train(job: Job, controller: Controller, record: RunRecorder, progress: Progress) -> None:
@@ -93,6 +101,7 @@ def train(job: Job, controller: Controller, record: RunRecorder, progress: Progr
         start = controller.resume()
         record.resume(start.attempt)
         progress.note(start.line)
+    leave_if_told(job, controller, progress)  # while it started
     for attempt, (number, micro_batches) in enumerate(controller.batches(job.batches(start.batches)), start.attempt):
         record.begin_batch(number, attempt)
         for batch in micro_batches:
@@ -107,9 +116,22 @@ def train(job: Job, controller: Controller, record: RunRecorder, progress: Progr
             progress.note(f"  batch {number}: {verdict.action} ({verdict.reason})")
         if progress.wants_numbers(number + 1):
             progress.advance(number + 1, f"loss {loss.item() * len(micro_batches):.4f}  probe {record.probe:.4f}")
+        leave_if_told(job, controller, progress)
 
 
-def run(options: Options, task: Task, here: Processes) -> int:
+def leave_if_told(job: Job, controller: Controller, progress: Progress) -> None:
+    """End this process if some rank was told to stop: all ranks at the same step boundary, with that state sealed.
+
+    Collectives: none as long as nobody was; else those of ``leave()`` and ``hand_over()``.
+    """
+    if job.preemption is None or not isinstance(controller, StabilityController) or not controller.stopping:
+        return
+    controller.leave()
+    progress.note(f"told to stop by {job.preemption.signal.name}: this state is kept")
+    job.preemption.hand_over()
+
+
+def run(options: Options, task: Task, here: Processes, preemption: Preemption | None = None) -> int:
     """Train one job from its options; returns the exit status.
 
     Collectives: those of wrapping, training and measuring the model; all ranks call it together.
@@ -134,6 +156,7 @@ def run(options: Options, task: Task, here: Processes) -> int:
         batches=_batches(options, task, here.device, index, count),
         clip=_clip(options, model, parameters),
         injector=_injector(options),
+        preemption=preemption,
     )
     norm = GlobalNorm(model, parameters).of_parameters if options.parameter_norm else None
     record = RunRecorder(options, task, here, model, norm)
@@ -156,10 +179,14 @@ def run(options: Options, task: Task, here: Processes) -> int:
         record.finish(error=error)
         print(f"rank {here.rank}: {type(error).__name__}: {error}", file=sys.stderr, flush=True)
         if isinstance(error, LockstepError):
+            if preemption is not None and preemption.raised:
+                preemption.force()  # a rank ran out of time: the job is to come back all the same
             # The process groups are unusable: their destructors may wait for ranks that will not come.
             sys.stdout.flush()
             os._exit(1)
         return 1
+    except SystemExit as left:  # told to stop, and nobody brings the job back
+        return int(left.code or 0)
     except Exception as error:
         record.finish(error=error)
         raise
@@ -170,6 +197,11 @@ def run(options: Options, task: Task, here: Processes) -> int:
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line; returns the exit status (2: nothing was started)."""
     options = parse_options(arguments)
+    with _preemption(options) as preemption:
+        return _main(options, preemption)
+
+
+def _main(options: Options, preemption: Preemption | None) -> int:
     try:
         task = make_task(options.task, data=options.data, dropout=options.dropout)
         task.probe_batches(options.probe_size)
@@ -179,7 +211,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(f"train.py: error: {error}", file=sys.stderr, flush=True)
         return 2
     with processes(options.parallel, options.device, int(os.environ.get("LOCAL_RANK", "0"))) as here:
-        return run(options, task, here)
+        return run(options, task, here, preemption)
+
+
+def _preemption(options: Options) -> AbstractContextManager[Preemption | None]:
+    """From the very start on: a signal that finds no handler would end the process."""
+    if options.persist == "no" or options.preempt_signal == "":
+        return nullcontext()
+    return Preemption(options.preempt_signal, grace=options.preempt_grace)
 
 
 def _controller(job: Job, task: Task, record: RunRecorder) -> Controller:
@@ -213,11 +252,16 @@ def _controller(job: Job, task: Task, record: RunRecorder) -> Controller:
         probe_on=options.probe_on,
         timeout=options.timeout,
         persist=_persist(options),
+        asked_to_stop=_asked(job.preemption),
         on_event=record.event,
         **(ALONE if options.rule in ("fixed", "loss-rollback") else {}),
     )
     job.injector.attach(controller)
     return controller
+
+
+def _asked(preemption: Preemption | None) -> Callable[[], bool] | None:
+    return None if preemption is None else lambda: preemption.raised
 
 
 def _persist(options: Options) -> list[Setting]:
@@ -233,9 +277,10 @@ def _persist(options: Options) -> list[Setting]:
 
 
 def _injector(options: Options) -> FaultInjector:
-    """The faults; what killed a process once does not kill the one that torchrun starts in its place."""
+    """The faults; what killed or held a process once does not do so to the one that is started in its place."""
     injector = FaultInjector.parse(options.inject)
-    return injector.spare_the_process() if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) else injector
+    counts = (os.environ.get(name) or "0" for name in STARTED_AGAIN)
+    return injector.spare_the_process() if any(int(count) for count in counts) else injector
 
 
 def _rule(options: Options) -> Rule:

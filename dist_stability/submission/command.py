@@ -101,10 +101,27 @@ def make_executor(options: SubmitOptions) -> Any:
         signal_delay_s=options.signal_delay,
         # A rank that dies leaves the others waiting in a collective: end them, do not spend the time limit.
         srun_args=["--kill-on-bad-exit=1"],
+        setup=_start_again(options.restarts),
         additional_parameters={"requeue": True, **dict(options.sbatch)},
         **{name: value for name, value in chosen.items() if value is not None},
     )
     return executor
+
+
+def _start_again(restarts: int) -> list[str]:
+    """Lines for the batch script: a step that failed is started again on the same nodes, where shared memory is.
+
+    The line with srun is submitit's; a function of that name takes its place.
+    """
+    return [
+        "srun() {",
+        f"    for ((starts = 0; starts <= {restarts}; starts++)); do",
+        '        command srun "$@" && return',
+        "        status=$?",
+        "    done",
+        '    return "$status"',
+        "}",
+    ]
 
 
 def follow(log: Path, ended: Callable[[], bool], poll: float = 2.0) -> None:

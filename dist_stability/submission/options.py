@@ -28,6 +28,7 @@ class SubmitOptions:
     partition: str | None
     time: float
     requeues: int
+    restarts: int
     preempt_signal: str
     signal_delay: int
     sbatch: tuple[tuple[str, str], ...]
@@ -152,6 +153,7 @@ def _parser() -> argparse.ArgumentParser:
     add("partition", default=None, help="of the cluster (slurm)")
     add("time", type=minutes, default=60.0, metavar="LIMIT", help="minutes, or a time such as 8:00:00 or 2-12")
     add("requeues", type=_whole(0), default=3, help="how often the job may run into its time limit and come back")
+    add("restarts", type=_whole(0), default=3, help="how often processes that die are started again in the job (slurm)")
     add(
         "preempt_signal",
         type=lambda text: text.removeprefix("SIG"),

@@ -11,7 +11,9 @@ ranks cannot be saved there. :class:`Preemption` puts a flag in its place::
                 save(step + 1)           # collectives are allowed here
                 preemption.hand_over()   # does not return
 
-``hand_over`` then lets whoever started the job bring it back: submitit's own handler, or Slurm.
+``hand_over`` then lets whoever started the job bring it back: submitit's own handler, or Slurm. A controller agrees in
+its votes, without a collective for it: ``StabilityController(..., asked_to_stop=lambda: preemption.raised)``, and
+``controller.stopping`` takes the place of ``preemption.agreed()``.
 """
 
 from __future__ import annotations
@@ -24,6 +26,7 @@ import subprocess
 import sys
 import threading
 import time
+import traceback
 from collections.abc import Callable
 from types import FrameType, TracebackType
 from typing import Any, NoReturn, Self
@@ -31,11 +34,16 @@ from typing import Any, NoReturn, Self
 import torch
 import torch.distributed as dist
 
+from .deadline import Deadline
+
 DEFAULT_SIGNAL = "USR2"
 """What submitit asks Slurm for by default; NCCL may catch USR1."""
 
 PATIENCE = 300.0
 """Seconds a rank waits for the end that the requeue brings, before it ends by itself."""
+
+BEHIND_RANK_0 = 5.0
+"""Seconds that other ranks stay longer at a forced end: the first to leave ends all, and rank 0 has to requeue."""
 
 Handler = Callable[[int, FrameType | None], Any] | int | None
 
@@ -45,24 +53,28 @@ class Preemption:
 
     The handler only sets a flag. One that was there before is kept: submitit's is called by :meth:`hand_over`, any
     other one right after the flag was set. Slurm signals every process of a job, DataLoader workers too; in those that
-    inherit the handler it does nothing.
+    inherit the handler it does nothing. A second signal changes nothing: Slurm announces a preemption and a time limit
+    that is near with the same one.
 
     Args:
         signal_name: Without "SIG"; default: the environment's ``SUBMITIT_PREEMPT_SIGNAL``, else "USR2".
         group: Over which the ranks agree; default: the default group. A gloo group saves a GPU job the host's wait for
             the device in every :meth:`agreed`.
+        grace: Seconds from the first signal to the forced end (:meth:`force`) of a process that has not handed over by
+            then, whatever its main thread waits for; None for none.
 
     Raises:
-        ValueError: There is no such signal, or it cannot be caught.
+        ValueError: There is no such signal, it cannot be caught, or the grace is not positive.
         RuntimeError: Made outside of the main thread, where Python installs no handler.
     """
 
-    def __init__(self, signal_name: str | None = None, *, group: dist.ProcessGroup | None = None) -> None:
+    def __init__(
+        self, signal_name: str | None = None, *, group: dist.ProcessGroup | None = None, grace: float | None = None
+    ) -> None:
         """Install the handler, until :meth:`close`."""
-        name = signal_name or os.environ.get("SUBMITIT_PREEMPT_SIGNAL") or DEFAULT_SIGNAL
-        number = getattr(signal, f"SIG{name.removeprefix('SIG')}", None)
-        if not isinstance(number, signal.Signals) or number in (signal.SIGKILL, signal.SIGSTOP):
-            raise ValueError(f"signal {name!r}: not one that can be caught; name one such as USR2 or TERM")
+        number = named(signal_name or os.environ.get("SUBMITIT_PREEMPT_SIGNAL") or DEFAULT_SIGNAL)
+        if grace is not None and not grace > 0:
+            raise ValueError(f"grace {grace}: expected seconds above 0, or None for no forced end")
         if threading.current_thread() is not threading.main_thread():
             raise RuntimeError("Preemption: signal handlers can be installed in the main thread only; make it there")
         self.signal = number
@@ -71,7 +83,9 @@ class Preemption:
         self._process = os.getpid()
         self._previous: Handler = signal.getsignal(number)
         self._by_submitit = _is_submitits(self._previous)
+        self._grace = grace
         signal.signal(number, self._handle)
+        self._deadline = None if grace is None else Deadline(number, grace, self._too_late)
 
     @property
     def raised(self) -> bool:
@@ -102,6 +116,8 @@ class Preemption:
         """
         self._maximum(0)
         first = _rank() == 0
+        if not first:
+            self._no_deadline()  # rank 0 has its own, and what is left to do is its
         if self._by_submitit:
             if first and callable(self._previous):
                 try:
@@ -113,13 +129,36 @@ class Preemption:
         elif "SLURM_JOB_ID" in os.environ:
             if first:
                 _requeue(os.environ["SLURM_JOB_ID"])
+                self._no_deadline()
         else:
+            self._no_deadline()
             print(f"rank {_rank()}: stopped by {self.signal.name}; nobody restarts this job", file=sys.stderr)
             raise SystemExit(128 + self.signal)
         _wait_for_the_end()
 
+    def force(self) -> NoReturn:
+        """End this process now, without asking the others: there is no step boundary to be reached any more.
+
+        Rank 0 has the job brought back as in :meth:`hand_over`, if it can; the exit status is that of a process which
+        the signal has ended. Nothing is unwound, so what was kept for a restart stays. Enters no collective.
+        """
+        if _rank() == 0:
+            try:
+                if self._by_submitit and callable(self._previous):
+                    self._previous(self.signal, None)
+                elif not self._by_submitit and "SLURM_JOB_ID" in os.environ:
+                    _requeue(os.environ["SLURM_JOB_ID"])
+            except SystemExit:
+                pass  # submitit has requeued
+            except Exception as error:
+                print(f"rank 0: the job could not be requeued: {error}", file=sys.stderr)
+        elif self._by_submitit or "SLURM_JOB_ID" in os.environ:
+            time.sleep(BEHIND_RANK_0)
+        _leave(128 + self.signal)
+
     def close(self) -> None:
-        """Put the handler that was there before back. May be called twice."""
+        """Put the handler that was there before back, and give the deadline up. May be called twice."""
+        self._no_deadline()
         if signal.getsignal(self.signal) == self._handle:
             signal.signal(self.signal, self._previous if self._previous is not None else signal.SIG_DFL)
 
@@ -140,6 +179,22 @@ class Preemption:
         if callable(self._previous) and not self._by_submitit:
             self._previous(number, frame)
 
+    def _no_deadline(self) -> None:
+        if self._deadline is not None:
+            self._deadline.cancel()
+
+    def _too_late(self) -> None:
+        """In the deadline's thread; the main thread is stuck, or its step takes too long."""
+        frame = sys._current_frames().get(threading.main_thread().ident or 0)
+        where = "".join(traceback.format_stack(frame)[-3:]) if frame is not None else ""
+        print(
+            f"rank {_rank()}: {self.signal.name} came {self._grace:g} s ago, and this process still runs; it ends "
+            f"now, and what was kept for a restart stays. It was in\n{where}",
+            file=sys.stderr,
+            flush=True,
+        )
+        self.force()
+
     def _maximum(self, value: int) -> int:
         """The largest value of any rank. Collectives: one all-reduce, if the process group was started."""
         if not (dist.is_available() and dist.is_initialized()):
@@ -149,6 +204,18 @@ class Preemption:
         held = torch.tensor([value], dtype=torch.int32, device=device)
         dist.all_reduce(held, op=dist.ReduceOp.MAX, group=self._group)
         return int(held.item())
+
+
+def named(name: str) -> signal.Signals:
+    """The signal of a name, with or without "SIG".
+
+    Raises:
+        ValueError: There is none, or it cannot be caught.
+    """
+    number = getattr(signal, f"SIG{name.removeprefix('SIG')}", None)
+    if not isinstance(number, signal.Signals) or number in (signal.SIGKILL, signal.SIGSTOP):
+        raise ValueError(f"signal {name!r}: not one that can be caught; name one such as USR2 or TERM")
+    return number
 
 
 def _is_submitits(handler: Handler) -> bool:

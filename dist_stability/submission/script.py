@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import runpy
 import sys
 from dataclasses import dataclass, replace
@@ -24,7 +25,7 @@ class SubmittedScript:
         script: Absolute path.
         arguments: Those of the first start.
         on_requeue: Appended to them in every later one.
-        requeued: Whether this is a later one.
+        requeued: Whether the job was requeued, so that this is a later one.
     """
 
     script: str
@@ -41,7 +42,8 @@ class SubmittedScript:
         from submitit.helpers import TorchDistributedEnvironment
 
         TorchDistributedEnvironment().export(set_cuda_visible_devices=False, overwrite=True)
-        sys.argv = [self.script, *self.arguments, *(self.on_requeue if self.requeued else ())]
+        again = self.requeued or int(os.environ.get("SLURM_STEP_ID", "0")) > 0  # a second srun in the same job
+        sys.argv = [self.script, *self.arguments, *(self.on_requeue if again else ())]
         sys.path.insert(0, str(Path(self.script).parent))  # as `python script.py` does
         try:
             runpy.run_path(self.script, run_name="__main__")

@@ -78,7 +78,7 @@ class FaultInjector:
 
     def spare_the_process(self) -> FaultInjector:
         """Drop the faults that end or hold a process, and return the injector: they did so in an earlier start."""
-        self.faults = [fault for fault in self.faults if fault.kind not in PROCESS_KINDS]
+        self.faults = [fault for fault in self.faults if fault.kind not in (*PROCESS_KINDS, "sleep")]
         return self
 
     @classmethod

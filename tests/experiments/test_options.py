@@ -64,6 +64,9 @@ def test_defaults_depend_on_the_number_of_processes() -> None:
         ("--skip-batches 300", 2, "--skip-batches"),
         ("--skip-batches 0-7 --steps 8 --warmup 1", 2, "--skip-batches"),
         ("--timeout 0", 2, "--timeout"),
+        ("--preempt-signal USR1", 2, "--preempt-signal USR1: needs --persist"),
+        ("--persist shm --preempt-signal KILL", 2, "--preempt-signal: signal 'KILL': not one that can be caught"),
+        ("--persist shm --preempt-grace 0", 2, "--preempt-grace"),
         ("--seed -1", 2, "--seed"),
     ],
 )

@@ -117,10 +117,21 @@ with Preemption() as preemption:
 """
 
 
-def run_alone(**variables: str) -> subprocess.CompletedProcess[str]:
+STUCK = """
+import os, signal, time
+from dist_stability.submission import Preemption
+with Preemption(grace=0.5) as preemption:
+    os.kill(os.getpid(), signal.SIGUSR2)
+    SECOND
+    time.sleep(300)
+    print("unwound")
+"""
+
+
+def run_alone(program: str = ALONE, /, **variables: str) -> subprocess.CompletedProcess[str]:
     kept = {name: value for name, value in environment().items() if not name.startswith(("SLURM", "SUBMITIT"))}
     return subprocess.run(
-        [sys.executable, "-c", ALONE], env={**kept, **variables}, capture_output=True, text=True, timeout=60
+        [sys.executable, "-c", program], env={**kept, **variables}, capture_output=True, text=True, timeout=60
     )
 
 
@@ -141,3 +152,56 @@ def test_a_requeue_that_fails_is_an_error_that_says_why(present: bool, tmp_path:
     assert (
         "no: requeue 17; was it submitted with sbatch --requeue?" if present else "scontrol is not on"
     ) in ended.stderr
+
+
+def scontrol(folder: Path) -> dict[str, str]:
+    """A command in the place of Slurm's that writes down what it was asked."""
+    command = folder / "scontrol"
+    command.write_text(f'#!/bin/sh\necho "$*" >> {folder}/asked\n')
+    command.chmod(0o755)
+    return {"SLURM_JOB_ID": "17", "PATH": f"{folder}:{os.environ['PATH']}"}
+
+
+@pytest.mark.parametrize("second", ["", "os.kill(os.getpid(), signal.SIGUSR2)"])
+def test_who_does_not_hand_over_in_time_is_ended_and_the_job_requeued_once(second: str, tmp_path: Path) -> None:
+    ended = run_alone(STUCK.replace("SECOND", second), **scontrol(tmp_path))
+    assert ended.returncode == 128 + signal.SIGUSR2
+    assert "SIGUSR2 came 0.5 s ago" in ended.stderr
+    assert "unwound" not in ended.stdout
+    assert (tmp_path / "asked").read_text() == "requeue 17\n"
+
+
+def test_who_hands_over_in_time_is_not_ended_by_the_deadline(tmp_path: Path) -> None:
+    program = ALONE.replace("Preemption()", "Preemption(grace=1.0)").replace(
+        "preemption.hand_over()", "preemption.close(); import time; time.sleep(2); preemption.hand_over()"
+    )
+    ended = run_alone(program)
+    assert ended.returncode == 128 + signal.SIGUSR2 and "unwound" in ended.stdout and "came" not in ended.stderr
+
+
+def test_the_deadline_leaves_the_descriptor_of_others_alone_and_keeps_them_informed() -> None:
+    reader, writer = os.pipe()
+    os.set_blocking(writer, False)
+    before = signal.set_wakeup_fd(writer)
+    try:
+        with Preemption(grace=60.0) as preemption:
+            os.kill(os.getpid(), signal.SIGUSR2)
+            assert preemption.raised
+            assert os.read(reader, 1)[0] == signal.SIGUSR2
+            worker = os.fork()
+            if worker == 0:  # what reaches a child is not the parent's
+                os._exit(0 if signal.set_wakeup_fd(-1) == -1 else 1)
+            assert os.waitpid(worker, 0)[1] == 0
+        assert signal.set_wakeup_fd(-1) == writer
+        with Preemption(grace=60.0) as preemption:
+            signal.set_wakeup_fd(writer)  # asyncio, begun in between
+        assert signal.set_wakeup_fd(-1) == writer
+    finally:
+        signal.set_wakeup_fd(before)
+        os.close(reader)
+        os.close(writer)
+
+
+def test_a_grace_that_is_no_time_is_refused() -> None:
+    with pytest.raises(ValueError, match="expected seconds above 0"):
+        Preemption(grace=0.0)

@@ -247,16 +247,21 @@ class Courier:
     def _due(self, place: int, made: int) -> bool:
         return made // self._tiers[place].every > self._last.get(place, 0) // self._tiers[place].every
 
-    def offer(self, delivery: Delivery) -> None:
+    def offer(self, delivery: Delivery, now: bool = False) -> None:
         """Queue a slot for every tier that is due. On all ranks at the same attempts, also if this one has no slot.
 
         Waits for a delivery of the same tier that is still under way.
+
+        Args:
+            delivery: What is brought.
+            now: To every tier that was not offered it, due or not.
 
         Raises:
             LockstepError: That does not end.
         """
         for place, tier in enumerate(self._tiers):
-            if self._broken or not self._due(place, delivery.head.made):
+            wanted = self._last.get(place) != delivery.head.made if now else self._due(place, delivery.head.made)
+            if self._broken or not wanted:
                 continue
             self._last[place] = delivery.head.made
             if place in self._under_way:
@@ -276,7 +281,16 @@ class Courier:
         for place in [place for place, job in self._under_way.items() if job.done.is_set()]:
             self._finish(place)
 
-    def _await(self, place: int) -> None:
+    def flush(self) -> None:
+        """Wait for what is under way; a failure is a warning.
+
+        Raises:
+            LockstepError: That does not end.
+        """
+        for place in list(self._under_way):
+            self._await(place, expected=True)
+
+    def _await(self, place: int, expected: bool = False) -> None:
         job = self._under_way[place]
         if not job.done.is_set():
             begin = time.monotonic()
@@ -289,7 +303,7 @@ class Courier:
                     step=job.delivery.head.made,
                 )
             waited = time.monotonic() - begin
-            if waited > NOTICE:
+            if waited > NOTICE and not expected:
                 self._say(
                     place,
                     "slow",

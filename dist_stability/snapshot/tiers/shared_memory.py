@@ -198,7 +198,8 @@ class Shelf(Memory):
         self._kept: list[Arena] = []
         self._landed: list[Path] = []
         self._first = next(_numbers)
-        self._last: dict[Path, int] = {}  # which of the two seals of a slot is the newer one
+        # Which of the two seals of a slot is the newer one, and of which moment.
+        self._last: dict[Path, tuple[int, tuple[int, int, int] | None]] = {}
         self._seals = 0
         self._looked = False
         self._closed = False
@@ -298,17 +299,20 @@ class Shelf(Memory):
     def seal(self, memory: Arena | FoundArena, head: Head, body: bytes, on_chunk: Callable[[], object]) -> None:
         """Make what a slot holds findable. The seal before stays; what earlier processes left goes at the second one.
 
-        At the second, because by then all ranks have made the first: there was a vote in between.
+        At the second, because by then all ranks have made the first: there was a vote in between. There is none between
+        two seals of one moment, so the later takes the place of the earlier and does not count.
 
         Raises:
             OSError: No room.
         """
         assert memory.path is not None
-        which = 1 - self._last.get(memory.path, 1)
+        which, moment = self._last.get(memory.path, (1, None))
+        again = moment == head.key
+        which = which if again else 1 - which
         record.write(memory.path.with_name(f"{memory.path.name}.{_SEALS[which]}"), head, body, on_chunk)
-        self._last[memory.path] = which
-        self._seals += 1
-        if self._seals == 2:
+        self._last[memory.path] = which, head.key
+        self._seals += not again
+        if self._seals == 2 and not again:
             for path in self._landed:
                 self.remove(path)
             self._landed = []
