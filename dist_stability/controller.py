@@ -444,7 +444,9 @@ class StabilityController:
     def add_phase_listener(self, listener: PhaseListener) -> None:
         """Call ``listener(attempt, phase)`` at each phase of an attempt; for fault injection and tracing.
 
-        "copy" and "restore" come once for each chunk as well. What a listener raises stops the job like any error.
+        "copy" and "restore" come once for each chunk as well; "seal", and "delivery" from another thread, between the
+        parts of what ``persist`` writes. What a listener raises stops the job like any error; in "delivery" it is an
+        error of that delivery.
         """
         self._phases.listeners.append(listener)
 

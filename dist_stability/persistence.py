@@ -210,15 +210,17 @@ class Persistence:
             SnapshotError: The copy failed, or the state is of a kind that no other process could make again.
         """
         slot, courier = self._recovery.ring.safe, self._courier
-        slot.wait()
         if not self._began:
             self._begin(made)
         if courier is not None:
             courier.poll()
         due = [] if courier is None else courier.due(made)
-        sound = slot.state is SlotState.VALID and not slot.spoilt
         leaving = courier is not None and (self._leaving or self.vote.stopping)
-        if not (due or leaving) and (self.shelf is None or not sound):
+        if not (due or leaving) and self.shelf is None:
+            return
+        slot.wait()
+        sound = slot.state is SlotState.VALID and not slot.spoilt
+        if not (due or leaving) and not sound:
             return
         tell = self._phases.chunk("seal")
         tell()

@@ -217,7 +217,10 @@ class Resuming:
                 rebuilt.undo()
             slot.close()
             raise
-        write = partial(slot.restore, on_chunk=self._phases.chunk("restore"))
+
+        def write() -> None:  # the attempt that its chunks are of is known only then
+            slot.restore(on_chunk=self._phases.chunk("restore"))
+
         buffers = body["forward"]["buffers"]
         return _Ready(head, body, plan, entry, rebuilt, write, slot.close, buffers, body["replay"], slot, True, found)
 
