@@ -160,6 +160,7 @@ class Persistence:
         self.vote = vote
         if self._slow:
             self._courier = Courier(self._slow, self._recovery.ring, self._group, vote.ranks, vote.rank)
+            self._courier.silent, self._courier.timeout = vote.silent, vote.timeout
 
     def stop(self, wait: bool) -> None:
         """End what goes on in the background, before the slots are given back. Idempotent; enters no collective.
