@@ -168,6 +168,7 @@ class Persistence:
         self.vote = vote
         if self._slow:
             self._courier = Courier(self._slow, self._recovery.ring, self._group, vote.ranks, vote.rank)
+            self._courier.silent, self._courier.timeout = vote.silent, vote.timeout
 
     def meet(self) -> None:
         """All ranks have the same settings. Collectives: with peer copies, two all-gathers."""

@@ -359,6 +359,10 @@ class Vote:
             self._dead = self.lost(attempt, error)
             raise self._dead from error
 
+    def silent(self) -> tuple[int, ...]:
+        """Ranks that were stopped or have died, as far as can be told without them. Enters no collective."""
+        return () if self._watch is None else self._watch.silent()
+
     def lost(self, attempt: int, error: BaseException) -> LockstepError:
         """The error for a collective that did not complete: names the ranks it waited for."""
         said, ranks = self._watch.explain() if self._watch is not None else ("", ())

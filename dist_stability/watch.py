@@ -115,6 +115,15 @@ class Watch:
         self._leave(said, blamed)
         return self.failure() or (said, blamed)
 
+    def silent(self) -> tuple[int, ...]:
+        """Ranks that do not publish any more: stopped or dead. Takes two publishing intervals; none if nobody knows."""
+        before = self._bounded(self._positions)
+        time.sleep(2 * self._interval)
+        after = self._bounded(self._positions)
+        if before is None or after is None:
+            return ()
+        return tuple(r for r, p in after.items() if r != self._rank and r in before and p.beat == before[r].beat)
+
     def _leave(self, said: str, ranks: tuple[int, ...]) -> None:
         self._bounded(lambda: self._store.compare_set(_NOTE, "", json.dumps({"said": said, "ranks": ranks})))
 

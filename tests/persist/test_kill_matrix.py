@@ -215,6 +215,7 @@ FIXED = {
     "terminated in a restore": Draw("ddp", (Death("SIGTERM", "restore", 0, 1, 2),)),
     "both, in a seal": Draw("fsdp2", (Death("SIGKILL", "seal", 6, BOTH, 1),), scheduler=True),
     "killed in a write to disk": Draw("fsdp2", (Death("SIGKILL", WRITING, 6, 0, 3),), tiers=("disk",)),
+    "stopped beside a write": Draw("ddp", (Death("SIGSTOP", "seal", 3, 1, 2),), scheduler=True, tiers=("disk",)),
     "deferred, twice": Draw(
         "fsdp2", (Death("SIGKILL", "step", 3, 0), Death("_exit", "restore", 0, 1, 1)), decision="deferred"
     ),

@@ -196,6 +196,8 @@ class Courier:
 
     Attributes:
         channel: To the other ranks.
+        silent: Names ranks that were stopped or have died; asked when the training waits for long.
+        timeout: Seconds after which it is asked.
 
     Collectives: construction makes a process group.
     """
@@ -218,6 +220,8 @@ class Courier:
                 use_local_synchronization=group is not None,
             )
         self.channel = Channel(mine, ranks, rank)
+        self.silent: Callable[[], Sequence[int]] = tuple
+        self.timeout = PATIENCE
         self._tiers, self._ring = tuple(tiers), ring
         self._queue: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
         self._under_way: dict[int, _Job] = {}  # by place of the tier
@@ -294,8 +298,18 @@ class Courier:
         job = self._under_way[place]
         if not job.done.is_set():
             begin = time.monotonic()
-            # The thread gives up when its waits for other ranks run out; a disk that does not answer never ends.
-            if not job.done.wait(2 * PATIENCE):
+            # The thread gives up when its waits for other ranks run out; a disk that does not answer never ends. A slow
+            # disk is waited for, a rank that was stopped is not.
+            while not job.done.wait(0.75 * self.timeout) and time.monotonic() - begin < 2 * PATIENCE:
+                silent = tuple(self.silent())
+                if silent and not job.done.is_set():
+                    raise LockstepError(
+                        f"rank {self.channel.rank}, attempt {job.delivery.head.made}: waited {self.timeout:g} s for "
+                        f"{job.tier.name}; ranks {list(silent)} are silent: stopped or dead. Restart the job",
+                        ranks=silent,
+                        step=job.delivery.head.made,
+                    )
+            if not job.done.is_set():
                 raise LockstepError(
                     f"rank {self.channel.rank}, attempt {job.delivery.head.made}: {job.tier.name} was not written "
                     f"within {2 * PATIENCE:g} s (in: {self.channel.doing}); the disk or the network does not answer",
