@@ -1,8 +1,8 @@
 """Both stability bounds at this point of training: may the learning rate be this large, is weight decay large enough?
 
-The linearised update contracts in every direction if and only if each eigenvalue of the (preconditioned) Hessian lies in
-the range of :class:`~.update_rule.UpdateRule`. The upper end is the edge of stability; the lower end is the other CFL
-condition of Sun et al. (arXiv 2206.02001), which no learning rate cures.
+The linearised update contracts in every direction if and only if each eigenvalue of the (preconditioned) Hessian lies
+in the range of :class:`~.update_rule.UpdateRule`. The upper end is the edge of stability; the lower end is the other
+CFL condition of Sun et al. (arXiv 2206.02001), which no learning rate cures.
 
 What this is not: a learning rate to set. Curvature rises and falls with training (progressive sharpening, warm-up), and
 training sits at the edge for long stretches without harm; tuners that sit at the limit end worse (Roulet et al., arXiv
@@ -73,22 +73,22 @@ class StabilityBounds:
     def text(self) -> str:
         """A few lines for people."""
         lines = [
-            f"At this point the sharpest direction takes {self.upper_margin:.3g} of what the step can bear (1 is the edge "
-            f"of stability; a lower bound, residual {self.upper_residual:.2g})."
+            f"At this point the sharpest direction takes {self.upper_margin:.3g} of what the step can bear (1 is the "
+            f"edge of stability; a lower bound, residual {self.upper_residual:.2g})."
         ]
         if self.peak_factor != 1.0:
             lines.append(
-                f"At {self.peak_factor:.4g} times the present learning rate it would take {self.peak_margin:.3g}, if the "
-                f"curvature stayed what it is; a warm-up would begin stable up to {self.warmup:.2g} of that peak."
+                f"At {self.peak_factor:.4g} times the present learning rate it would take {self.peak_margin:.3g}, if "
+                f"the curvature stayed what it is; a warm-up would begin stable up to {self.warmup:.2g} of that peak."
             )
         if self.lower_violation > LOWER_NOTABLE:
             lines.append(
-                f"Negative curvature grows by {self.lower_violation:.3g} per step, more than weight decay takes back; no "
-                "smaller learning rate cures that, it only takes more steps."
+                f"Negative curvature grows by {self.lower_violation:.3g} per step, more than weight decay takes back; "
+                "no smaller learning rate cures that, it only takes more steps."
             )
         elif self.lower_violation > 0.0:
             lines.append(
-                f"Negative curvature of {self.lower_violation:.2g} per step beyond weight decay: usual early in training."
+                f"Negative curvature of {self.lower_violation:.2g} per step beyond weight decay: usual early on."
             )
         names = ", ".join(f"{name} {share:.0%}" for name, share in self.largest_shares)
         lines.append(f"The direction lies in {names}.")

@@ -4,10 +4,10 @@ The product is a central difference of gradients, H d = (g(theta + e d) - g(thet
 derivative, which fused attention does not have, and no graph that outlives a backward, which FSDP would have to
 gather again; checkpointing, ``torch.compile``, mixed precision and every parallel wrapper keep working.
 
-Lifecycle. :meth:`Curvature.session` copies parameters, buffers and gradients; within it every evaluation starts from the
-same random streams and the same buffers, so that both signs see the same dropout masks. On the way out, also by way of an
-exception, everything is written back bit for bit: parameters, buffers, gradients, train/eval flags, random streams. (The
-optimizer is only read.) Use it at a step boundary; nobody may hold a graph through the parameters.
+Lifecycle. :meth:`Curvature.session` copies parameters, buffers and gradients; within it every evaluation starts from
+the same random streams and the same buffers, so that both signs see the same dropout masks. On the way out, also by
+way of an exception, everything is written back bit for bit: parameters, buffers, gradients, train/eval flags, random
+streams. (The optimizer is only read.) Use it at a step boundary; nobody may hold a graph through the parameters.
 
 What one rank raises it raises alone: its peers, if they are in a collective of the model, learn of it when the group
 times out or the process has gone, and then put everything back, too, without a collective.
@@ -36,10 +36,10 @@ LossFn = Callable[[Any, Any], Tensor]
 class Curvature:
     """The Hessian of the mean of ``loss_fn`` over some batches, as a thing that multiplies.
 
-    ``loss_fn(model, batch)`` is a training loss: it calls the model as the loop does, in the train/eval mode in which the
-    modules are. On several ranks each passes the batches of its own data replica, equal in number on all; the
-    gradients must be those that the wrapper averages (DDP, FSDP, HSDP), and tensor-parallel ranks of one replica see the
-    same batches. Gradients that the loop averages by hand are not.
+    ``loss_fn(model, batch)`` is a training loss: it calls the model as the loop does, in the train/eval mode in which
+    the modules are. On several ranks each passes the batches of its own data replica, equal in number on all; the
+    gradients must be those that the wrapper averages (DDP, FSDP, HSDP), and tensor-parallel ranks of one replica see
+    the same batches. Gradients that the loop averages by hand are not.
 
     Hooks that act on gradients act here, too: an optimizer that steps inside backward cannot be measured.
     """
@@ -80,12 +80,12 @@ class Curvature:
         kinds = {live.dtype for live in self.space.live()}
         if small := sorted(str(kind) for kind in kinds if kind not in (torch.float32, torch.float64)):
             raise StabilityError(
-                f"{where} the parameters are {', '.join(small)}: a small change of them is lost in rounding. Keep them in "
-                "float32 (the forward may compute in bfloat16 through autocast or a MixedPrecisionPolicy)."
+                f"{where} the parameters are {', '.join(small)}: a small change of them is lost in rounding. Keep them "
+                "in float32 (the forward may compute in bfloat16 through autocast or a MixedPrecisionPolicy)."
             )
         if exact and parallel.describe(model) != "single":
             raise StabilityError(
-                f"{where} exact=True differentiates twice, which {parallel.describe(model)} does not support; leave it out"
+                f"{where} exact=True differentiates twice, which {parallel.describe(model)} cannot do; leave it out"
             )
         if relative_step is None:
             relative_step = 1e-6 if kinds == {torch.float64} else 1e-4

@@ -20,7 +20,6 @@ from .curvature import Products
 from .space import ShardSpace, Vector
 from .update_rule import UpdateRule
 
-
 NOISE = 100.0
 """Adam's second moments below so many rounding errors of the typical one are noise; see :meth:`Scaling.of`."""
 

@@ -2,8 +2,9 @@
 
 :class:`Sharpness` keeps the direction in which the loss curves most from one measurement to the next. The direction
 turns slowly, so that one product of the Hessian with it, two forwards and backwards, is a measurement that a training
-loop can afford every 50 steps. The number is a Rayleigh quotient: never above the truth (but for the finite difference's
-error), and as far below it as the direction has turned since. :meth:`Sharpness.ends` is thorough, for both ends.
+loop can afford every 50 steps. The number is a Rayleigh quotient: never above the truth (but for the finite
+difference's error), and as far below it as the direction has turned since. :meth:`Sharpness.ends` is thorough, for
+both ends.
 
 The direction is not the controller's business: it is not rolled back, and a checkpoint does not have it.
 """
@@ -148,7 +149,7 @@ class Sharpness:
         return self._iterate(products, None, check)
 
     def converge(self, tolerance: float = 1e-3, limit: int = 100, *, check: bool = True) -> SharpnessReading:
-        """Power iteration until the eigenvalue changes by less than ``tolerance``, relatively, or ``limit`` products."""
+        """Power iteration until the eigenvalue changes by less than a fraction, or for ``limit`` products."""
         return self._iterate(limit, tolerance, check)
 
     def ends(self, steps: int = 20) -> Ends:
@@ -228,8 +229,8 @@ class Sharpness:
 
     def _advance(self, image: Vector, measured: Vector, value: float) -> None:
         """The next direction, in place of the product."""
-        # Where the most negative eigenvalue is the largest in size, the iteration would run to that end. The shift makes
-        # the upper end the largest again, at the price of slower convergence.
+        # Where the most negative eigenvalue is the largest in size, the iteration would run to that end. The shift
+        # makes the upper end the largest again, at the price of slower convergence.
         self._shift = max(self._shift, -1.1 * value)
         if self._shift:
             for part, other in zip(image, measured, strict=True):

@@ -1,7 +1,7 @@
 """Which curvatures an optimizer's step can bear: the formulas, and the scaling that brings every optimizer to one edge.
 
-Near a point the loss is a quadratic, and the step is linear in each eigendirection. It contracts for eigenvalues s in an
-open interval, checked in the tests against the spectral radius of the update's 2 x 2 matrix (eta learning rate, mu
+Near a point the loss is a quadratic, and the step is linear in each eigendirection. It contracts for eigenvalues s in
+an open interval, checked in the tests against the spectral radius of the update's 2 x 2 matrix (eta learning rate, mu
 momentum, a coupled and w decoupled weight decay)::
 
     SGD              -a < s < 2 / eta - a
