@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.optim import Adam, AdamW
 
 from .. import parallel
 from ..errors import StabilityError
@@ -66,37 +67,17 @@ class Scaling:
             for group in optimizer.param_groups
             for handle in group["params"]
         }
-        live = dict(zip(map(id, space.handles), space.live(), strict=True))
-        moments: dict[int, _Moments] = {}
+        moments = _all_moments(space)
         for number, optimizer in enumerate(space.optimizers):
-            states = parallel.optimizer_state(optimizer)
-            adaptive = [
-                (handle, group)
-                for group in optimizer.param_groups
-                for handle in group["params"]
-                if rules[id(handle)].adaptive
-            ]
-            for handle, group in adaptive:
-                if handle.requires_grad and "exp_avg_sq" in (state := states.get(handle) or {}):
-                    moments[id(handle)] = _moments(group, state, live[id(handle)])
+            adaptive = [h for group in optimizer.param_groups for h in group["params"] if rules[id(h)].adaptive]
             # A rank whose shards are all empty may have no state, and is right.
-            if not any(id(h) in moments for h, _ in adaptive) and any(live[id(h)].numel() for h, _ in adaptive):
+            if not any(id(h) in moments for h in adaptive) and any(parallel.local(h).numel() for h in adaptive):
                 raise StabilityError(
                     f"rank {parallel.this_rank()}: optimizer {number} ({type(optimizer).__name__}) has no second "
                     "moments yet; take at least five steps before its stability is measured"
                 )
         order = [id(handle) for handle in space.handles]
-        floor = 0.0
-        if any(rule.adaptive for rule in rules.values()):
-            known = [moments.get(place) for place in order]
-            squares, count = space.sum_over_elements(
-                [
-                    [0.0 if one is None else one.root.double().square().sum() for one in known],
-                    [0.0 if one is None else float(one.root.numel()) for one in known],
-                ]
-            )
-            precision = max(torch.finfo(part.dtype).eps for part in live.values())
-            floor = NOISE * precision * math.sqrt(squares / count) if count else 0.0
+        floor, count = _floor(space, moments) if any(rule.adaptive for rule in rules.values()) else (0.0, 0.0)
         roots: list[Tensor | float] = []
         out: list[Tensor | float] = [0.0] * len(order)
         for index, place in enumerate(order):
@@ -167,6 +148,47 @@ class _Moments:
     root: Tensor
     eps: float
     correction: float
+
+
+@torch.no_grad()
+def noise(space: ShardSpace) -> list[Tensor | None]:
+    """For each parameter which of its elements Adam knows only rounding errors of; None where there is no Adam.
+
+    Collectives: one all-reduce if any parameter is under Adam. Waits for the device.
+    """
+    if not any(isinstance(optimizer, Adam | AdamW) for optimizer in space.optimizers):
+        return [None] * len(space.handles)
+    moments = _all_moments(space)
+    floor, _ = _floor(space, moments)
+    found = [moments.get(id(handle)) for handle in space.handles]
+    return [None if one is None else one.root <= floor for one in found]
+
+
+def _all_moments(space: ShardSpace) -> dict[int, _Moments]:
+    """Of every parameter under Adam that was stepped and is not frozen, by identity."""
+    live = dict(zip(map(id, space.handles), space.live(), strict=True))
+    moments = {}
+    for optimizer in space.optimizers:
+        states = parallel.optimizer_state(optimizer)
+        for group in optimizer.param_groups if isinstance(optimizer, Adam | AdamW) else ():
+            for handle in group["params"]:
+                state = states.get(handle) or {}
+                if handle.requires_grad and "exp_avg_sq" in state:
+                    moments[id(handle)] = _moments(group, state, live[id(handle)])
+    return moments
+
+
+def _floor(space: ShardSpace, moments: dict[int, _Moments]) -> tuple[float, float]:
+    """The root of a second moment at which it is noise, and the number of elements under Adam. One all-reduce."""
+    known = [moments.get(id(handle)) for handle in space.handles]
+    squares, count = space.sum_over_elements(
+        [
+            [0.0 if one is None else one.root.double().square().sum() for one in known],
+            [0.0 if one is None else float(one.root.numel()) for one in known],
+        ]
+    )
+    precision = max(torch.finfo(parallel.local(handle).dtype).eps for handle in space.handles)
+    return (NOISE * precision * math.sqrt(squares / count) if count else 0.0), count
 
 
 def _moments(group: dict[str, Any], state: dict[str, Any], live: Tensor) -> _Moments:

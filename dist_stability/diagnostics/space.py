@@ -30,6 +30,7 @@ class ShardSpace:
         optimizers: As given.
         names: Of the parameters.
         handles: The parameters themselves.
+        weights: One over the number of ranks that hold each parameter's elements.
         device: Where sums are made: an accelerator if any parameter is on one, else the CPU.
     """
 
@@ -44,12 +45,15 @@ class ShardSpace:
             StabilityError: See :meth:`StatePlan.build`; or there is no parameter.
         """
         self.optimizers = (optimizer,) if isinstance(optimizer, Optimizer) else tuple(optimizer)
-        plan = StatePlan.build(model, self.optimizers, dist.get_world_size() if _distributed() else 1)
+        world = ranks()
+        plan = StatePlan.build(model, self.optimizers, world)
+        layout = parallel.Layout(model, world)
+        self._shapes = {name: layout.shape(handle) for name, handle, _ in plan.parameters}
         self.names = [name for name, _, _ in plan.parameters]
         self.handles = [handle for _, handle, _ in plan.parameters]
         if not self.handles:
             raise StabilityError(f"rank {parallel.this_rank()}: the optimizer has no parameters")
-        self._weights = [1.0 / residence.replicas for _, _, residence in plan.parameters]
+        self.weights = [1.0 / residence.replicas for _, _, residence in plan.parameters]
         self._owners = [residence.ranks[0] for _, _, residence in plan.parameters]
         places = [parallel.local(handle).device for handle in self.handles]
         self.device = next((place for place in places if place.type != "cpu"), torch.device("cpu"))
@@ -74,6 +78,36 @@ class ShardSpace:
             found.append(torch.randn(live.shape, generator=draw, dtype=live.dtype, device=live.device))
         return found
 
+    def element(self, name: str, index: int) -> Tensor | None:
+        """One element of a parameter, 0-d, sharing its memory; None if it does not lie on this rank. No collective.
+
+        Args:
+            name: Of the parameter.
+            index: Place in the flattened parameter before sharding.
+
+        Raises:
+            StabilityError: There is no such parameter or place, or FSDP1 keeps it in a flat one.
+        """
+        where = f"rank {parallel.this_rank()}:"
+        if name not in self._shapes:
+            raise StabilityError(f"{where} the optimizer has no parameter {name!r}; it has {', '.join(self.names)}")
+        shape, handle = self._shapes[name], self.handles[self.names.index(name)]
+        if not 0 <= index < math.prod(shape):
+            raise StabilityError(f"{where} {name} has {math.prod(shape)} elements, there is no element {index}")
+        if tuple(handle.shape) != shape:
+            raise StabilityError(
+                f"{where} {name} lies in a flat parameter of FSDP1, whose elements cannot be addressed"
+            )
+        part, offset = parallel.local(handle), parallel.offset(handle)
+        place = []
+        for size in reversed(shape):
+            index, coordinate = divmod(index, size)
+            place.append(coordinate)
+        inside = [at - begin for at, begin in zip(reversed(place), offset, strict=True)]
+        if not all(0 <= at < size for at, size in zip(inside, part.shape, strict=True)):
+            return None
+        return part[tuple(inside)]
+
     @torch.no_grad()
     def dots(self, pairs: Sequence[tuple[Vector, Vector]]) -> list[float]:
         """Inner products, the same numbers on every rank; NaN where anything is not finite.
@@ -84,7 +118,7 @@ class ShardSpace:
         for first, second in pairs:
             terms = [
                 (a * b).sum(dtype=torch.float64).to(self.device) * weight
-                for a, b, weight in zip(first, second, self._weights, strict=True)
+                for a, b, weight in zip(first, second, self.weights, strict=True)
             ]
             sums.append(torch.stack(terms).sum())
         return total(torch.stack(sums)) if sums else []
@@ -94,7 +128,7 @@ class ShardSpace:
         """The squared norm of each parameter's part, by name. Collectives: one all-reduce. Waits for the device."""
         terms = [
             (part * part).sum(dtype=torch.float64).to(self.device) * weight
-            for part, weight in zip(vector, self._weights, strict=True)
+            for part, weight in zip(vector, self.weights, strict=True)
         ]
         return dict(zip(self.names, total(torch.stack(terms)), strict=True))
 
@@ -109,7 +143,7 @@ class ShardSpace:
         """
         rows = [
             torch.stack([torch.as_tensor(term, dtype=torch.float64).to(self.device) * w for term, w in pairs]).sum()
-            for pairs in (zip(row, self._weights, strict=True) for row in terms)
+            for pairs in (zip(row, self.weights, strict=True) for row in terms)
         ]
         return total(torch.stack(rows))
 
@@ -133,6 +167,11 @@ def total(values: Tensor) -> list[float]:
         value if not flag and math.isfinite(value) else math.nan
         for value, flag in zip(numbers[:half], numbers[half:], strict=True)
     ]
+
+
+def ranks() -> int:
+    """Number of ranks of the job."""
+    return dist.get_world_size() if _distributed() else 1
 
 
 def _real(tensor: Tensor) -> Tensor:

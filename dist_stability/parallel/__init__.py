@@ -8,7 +8,7 @@ from ._classes import this_rank
 from .layout import Layout, Residence, optimizer_state, residence
 from .modules import data_replica, describe, forward_groups, forward_module, has_collectives, reshard
 from .norm import clip_grad_norm_
-from .tensors import Wrapping, is_dtensor, is_wrapped_as, local, wrapping
+from .tensors import Wrapping, is_dtensor, is_wrapped_as, local, offset, wrapping
 
 __all__ = [
     "Layout",
@@ -23,6 +23,7 @@ __all__ = [
     "is_dtensor",
     "is_wrapped_as",
     "local",
+    "offset",
     "optimizer_state",
     "reshard",
     "residence",
