@@ -15,7 +15,6 @@ from typing import Any
 from .edge import EdgeAssessment, EdgeOfStability, EdgeReading, EdgeSettings
 from .sharpness import Ends, Sharpness, SharpnessReading
 
-
 FIRST = 20
 """Products of the first measurement."""
 

@@ -30,7 +30,7 @@ class DirectionalRatio(Signal):
 
     A difference of two losses: where the step changes the loss by less than some 1e-5 of it, float32 leaves noise.
 
-    Costs two forwards at every ``every``-th step, and a copy of the local parameters as long as the signal lives. The
+    Costs two forwards (or one) at every ``every``-th step, and a copy of the local parameters as long as the signal lives. The
     forwards leave no trace. They are collectives where the model's forward is one; every rank makes them.
     """
 
@@ -43,6 +43,7 @@ class DirectionalRatio(Signal):
         batch: Callable[[], Any],
         *,
         every: int = 10,
+        reuse_loss: bool = False,
         seed: int = 0,
     ) -> None:
         """Keep what is needed for a forward.
@@ -52,6 +53,8 @@ class DirectionalRatio(Signal):
             loss_fn: ``loss_fn(model, batch)``, the training loss, a 0-d tensor; gets the model without DDP.
             batch: Gives the batch (of this rank) whose gradients the step is made of.
             every: Steps from one measurement to the next, >= 1.
+            reuse_loss: Take the loss that the step was given (``loss=``) instead of the first forward: where the loss
+                draws no random numbers and is that of the whole batch. Every rank gives one at every step, or none does.
             seed: Of the random streams during both forwards, so that dropout is the same.
 
         Raises:
@@ -59,7 +62,7 @@ class DirectionalRatio(Signal):
         """
         if isinstance(every, bool) or not isinstance(every, int) or every < 1:
             raise ValueError(f"DirectionalRatio every: expected a whole number >= 1, got {every!r}")
-        self.every = every
+        self.every, self.reuse_loss = every, bool(reuse_loss)
         self._model, self._loss_fn, self._batch, self._seed = model, loss_fn, batch, seed
         self._buffers = BufferCopies(forward_module(model))
         self._count = 0
@@ -85,14 +88,15 @@ class DirectionalRatio(Signal):
             for kept, part in zip(self._before, live, strict=True):
                 kept.copy_(part)
         self._gradients = context.gradients.local
-        self._loss = self._measure()
+        given = context.loss if self.reuse_loss else None
+        self._loss = self._measure() if given is None else as_scalar(given, "the loss of the step")
 
     def after_step(self, context: StepContext) -> None:
         """Measure the loss again, and the step."""
         if self._loss is None:
             return
         device = context.gradients.device
-        change = (self._measure() - self._loss).to(device)
+        change = self._measure().to(device) - self._loss.to(device, non_blocking=True)
         zero = torch.zeros((), dtype=torch.float64, device=device)
         along, square = zero, zero
         with torch.no_grad():
@@ -126,7 +130,7 @@ class DirectionalRatio(Signal):
 
     def settings(self) -> dict[str, Any]:
         """How often it measures."""
-        return {"every": self.every, "seed": self._seed}
+        return {"every": self.every, "reuse_loss": self.reuse_loss, "seed": self._seed}
 
     def state_dict(self) -> dict[str, Any]:
         """When the next measurement is due."""

@@ -28,21 +28,28 @@ class Point(nn.Module):
         return self.x
 
 
-@pytest.mark.parametrize("clip", [None, 0.5])
-def test_the_ratio_is_what_curvature_took_back(clip: float | None) -> None:
+@pytest.mark.parametrize(("clip", "reuse"), [(None, False), (0.5, False), (0.5, True)])
+def test_the_ratio_is_what_curvature_took_back(clip: float | None, reuse: bool) -> None:
     """On a quadratic rho = D'HD / (-g'D), with the gradient before clipping."""
     torch.manual_seed(0)
     matrix = torch.diag(torch.tensor([1.0, 4.0, 9.0], dtype=torch.float64))
     model = Point(torch.randn(3, dtype=torch.float64))
-    loss = lambda m, _: 0.5 * m() @ matrix @ m()  # noqa: E731
+    forwards = 0
+
+    def loss(m: Any, _: object) -> Tensor:
+        nonlocal forwards
+        forwards += 1
+        return 0.5 * m() @ matrix @ m()
+
     optimizer = torch.optim.SGD(model.parameters(), lr=0.15, momentum=0.5)
-    signal = DirectionalRatio(model, loss, lambda: None, every=2)
+    signal = DirectionalRatio(model, loss, lambda: None, every=2, reuse_loss=reuse)
     for step in range(6):
         optimizer.zero_grad()
-        loss(model, None).backward()
+        now = loss(model, None)
+        now.backward()
         gradient, before = model.x.grad.clone(), model.x.detach().clone()
         norm = None if clip is None else nn.utils.clip_grad_norm_(model.parameters(), clip)
-        found = measure(step_context(model, optimizer, grad_norm=norm), signal, step=optimizer.step).values
+        found = measure(step_context(model, optimizer, grad_norm=norm, loss=now), signal, step=optimizer.step).values
         moved = model.x.detach() - before
         if step % 2:
             assert found == {}
@@ -51,6 +58,7 @@ def test_the_ratio_is_what_curvature_took_back(clip: float | None) -> None:
         else:
             # torch's clipping divides by norm + 1e-6
             assert found["rho"] == pytest.approx(float(moved @ matrix @ moved / -(gradient @ moved)), rel=1e-4)
+    assert forwards == 6 + (3 if reuse else 6)
 
 
 def test_full_batch_descent_sits_at_the_edge_and_is_left_alone() -> None:

@@ -15,6 +15,7 @@ from dist_stability.diagnostics.growth import Verdict
 from dist_stability.diagnostics.perturbation import KScale, OneUlp, Perturbation, RandomUlps, Rebuilt
 from dist_stability.diagnostics.sensitivity import lyapunov, sensitivity, variance_against_seeds
 from dist_stability.diagnostics.twins import Twin, TwinRun
+from dist_stability.snapshot.rng import forked
 
 WHITE = (113**2 + 112**2) / 225**2
 
@@ -105,6 +106,23 @@ def test_k_of_one_is_the_optimizers_own_step_for_sgd() -> None:
         for twin in twins:
             twin.step(step)
     for one, other in zip(twins[0].space.live(), twins[1].space.live(), strict=True):
+        assert torch.equal(one, other)
+
+
+def test_a_twin_is_the_run_that_it_would_be_alone() -> None:
+    """Dropout goes on drawing from step to step, and the other twin's draws are not seen."""
+    build = net()
+    twins = [Twin(build, 3, Perturbation()), Twin(build, 4, Perturbation())]  # type: ignore[arg-type]
+    for step in range(5):
+        for twin in twins:
+            twin.step(step)
+    with forked(3):
+        run = build(3)  # type: ignore[operator]
+        for step in range(5):
+            run.optimizer.zero_grad()
+            run.loss(step).backward()
+            run.optimizer.step()
+    for one, other in zip(twins[0].space.live(), run.model.parameters(), strict=True):
         assert torch.equal(one, other)
 
 

@@ -10,6 +10,7 @@ import torch
 from edge_models import build, loss_fn, twice_differentiable
 
 from dist_stability.diagnostics.sharpness import Sharpness
+from dist_stability.diagnostics.space import ShardSpace
 
 STEPS = 12
 TWO = ["ddp", "fsdp2", "hsdp-1", "tp"]
@@ -17,17 +18,23 @@ FOUR = ["fsdp2", "hsdp", "fsdp2+tp"]
 
 
 @pytest.fixture(scope="module")
-def exact() -> float:
+def exact() -> tuple[float, float]:
     """Converged double backward in one process, which has the whole batch."""
     job = build("single", 0, 1)
     for _ in range(STEPS):
         job.step()
     reading = Sharpness(job.model, job.optimizer, twice_differentiable, [job.batch], exact=True).converge(1e-6, 300)
     assert reading.residual < 0.01 and reading.products < 300
-    return reading.eigenvalue
+    return reading.eigenvalue, weights(job)
 
 
-def converged(rank: int, world: int, mode: str) -> tuple[float, bool | None, float]:
+def weights(job: edge_models.Job) -> float:
+    """The length of all weights: what is replicated must count once."""
+    space = ShardSpace(job.model, job.optimizer)
+    return space.length(space.live())
+
+
+def converged(rank: int, world: int, mode: str) -> tuple[float, bool | None, float, float]:
     job = build(mode, rank, world)
     for _ in range(STEPS):
         job.step()
@@ -40,7 +47,7 @@ def converged(rank: int, world: int, mode: str) -> tuple[float, bool | None, flo
     same(before, job.image())
     assert ends.upper.value == pytest.approx(reading.eigenvalue, rel=0.01)
     assert ends.lower.value < reading.eigenvalue
-    return reading.eigenvalue, reading.reliable, reading.loss
+    return reading.eigenvalue, reading.reliable, reading.loss, weights(job)
 
 
 def same(before: dict[str, Any], after: dict[str, Any]) -> None:
@@ -50,23 +57,23 @@ def same(before: dict[str, Any], after: dict[str, Any]) -> None:
         assert equal, name
 
 
-def check(results: list[tuple[float, bool | None, float]], exact: float) -> None:
+def check(results: list[tuple[float, bool | None, float, float]], exact: tuple[float, float]) -> None:
     assert len(set(results)) == 1  # to the bit, on every rank
-    value, reliable, loss = results[0]
+    value, reliable, loss, length = results[0]
     assert reliable
-    # 2 % of the reference each; since the reference is the same, runs of other sizes agree as well: see below.
-    assert value == pytest.approx(exact, rel=0.005)
+    assert value == pytest.approx(exact[0], rel=0.005)
+    assert length == pytest.approx(exact[1], rel=1e-4)
     assert 0.0 < loss < 5.0
 
 
 @pytest.mark.parametrize("mode", TWO)
-def test_two_ranks_see_what_one_process_sees(two: Any, exact: float, mode: str) -> None:
+def test_two_ranks_see_what_one_process_sees(two: Any, exact: tuple[float, float], mode: str) -> None:
     """Within 0.5 % of the reference, so that any two of these are within 1 % of each other."""
     check(two.run(converged, mode), exact)
 
 
 @pytest.mark.parametrize("mode", FOUR)
-def test_four_ranks_see_what_one_process_sees(four: Any, exact: float, mode: str) -> None:
+def test_four_ranks_see_what_one_process_sees(four: Any, exact: tuple[float, float], mode: str) -> None:
     check(four.run(converged, mode), exact)
 
 
