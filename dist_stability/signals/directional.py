@@ -30,8 +30,8 @@ class DirectionalRatio(Signal):
 
     A difference of two losses: where the step changes the loss by less than some 1e-5 of it, float32 leaves noise.
 
-    Costs two forwards (or one) at every ``every``-th step, and a copy of the local parameters as long as the signal lives. The
-    forwards leave no trace. They are collectives where the model's forward is one; every rank makes them.
+    Costs two forwards (or one) at every ``every``-th step, and a copy of the local parameters as long as the signal
+    lives. The forwards leave no trace. They are collectives where the model's forward is one; every rank makes them.
     """
 
     name = "directional_ratio"
@@ -54,7 +54,8 @@ class DirectionalRatio(Signal):
             batch: Gives the batch (of this rank) whose gradients the step is made of.
             every: Steps from one measurement to the next, >= 1.
             reuse_loss: Take the loss that the step was given (``loss=``) instead of the first forward: where the loss
-                draws no random numbers and is that of the whole batch. Every rank gives one at every step, or none does.
+                draws no random numbers and is that of the whole batch. Every rank gives one at every step, or none
+                does.
             seed: Of the random streams during both forwards, so that dropout is the same.
 
         Raises:
