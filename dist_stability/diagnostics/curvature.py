@@ -7,7 +7,8 @@ gather again; checkpointing, ``torch.compile``, mixed precision and every parall
 Lifecycle. :meth:`Curvature.session` copies parameters, buffers and gradients; within it every evaluation starts from
 the same random streams and the same buffers, so that both signs see the same dropout masks. On the way out, also by
 way of an exception, everything is written back bit for bit: parameters, buffers, gradients, train/eval flags, random
-streams. (The optimizer is only read.) Use it at a step boundary; nobody may hold a graph through the parameters.
+streams. (The optimizer is only read.) Use it at a step boundary; nobody may hold a graph through the parameters, and
+nobody may be reading them: a controller in enforce mode copies the committed weights between two steps.
 
 What one rank raises it raises alone: its peers, if they are in a collective of the model, learn of it when the group
 times out or the process has gone, and then put everything back, too, without a collective.

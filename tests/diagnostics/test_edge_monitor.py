@@ -8,15 +8,17 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from edge_models import build, loss_fn
+from edge_models import build, data, loss_fn
 from torch import Tensor, nn
 
+from dist_stability import FixedInnovation, LossProbe, StabilityController
 from dist_stability.diagnostics.edge import EdgeReading, EdgeState
 from dist_stability.diagnostics.monitor import EdgeOfStabilityMonitor
 from dist_stability.diagnostics.sharpness import Sharpness
 from dist_stability.parallel import clip_grad_norm_
 from dist_stability.rungs import Rung
 from dist_stability.signals import DirectionalRatio, EffectiveStep, UpdateRms, measure, step_context
+from dist_stability.testing import capture_state
 
 
 class Point(nn.Module):
@@ -162,6 +164,41 @@ def ratio(rank: int, world: int, mode: str) -> float:
 def test_the_ratio_does_not_depend_on_the_wrapper(two: Any, mode: str) -> None:
     alone = ratio(0, 1, "single")
     assert two.run(ratio, mode) == pytest.approx([alone, alone], rel=1e-3)
+
+
+def guarded(rank: int, world: int, mode: str) -> list[list[str]]:
+    """A guarded run with a refusal in it, with and without the signal: the same verdicts, the same bits."""
+    images, actions = [], []
+    for watching in (False, True):
+        job = build(mode, rank, world, "sgd", noise=True)
+        signal = DirectionalRatio(job.model, loss_fn, partial(getattr, job, "batch"), every=2)
+        controller = StabilityController(
+            job.model,
+            job.optimizer,
+            LossProbe(loss_fn, [data()]),
+            FixedInnovation(0.3, 0.5),
+            signals=(signal,) if watching else (),
+        )
+        with controller:
+            actions.append([])
+            for step in range(7):
+                job.optimizer.zero_grad()
+                loss_fn(job.model, job.batch).backward()
+                for parameter in job.model.parameters() if step == 4 else ():
+                    if parameter.grad is not None:
+                        parameter.grad.mul_(3000.0)
+                actions[-1].append(controller.step().action.value)
+        images.append(capture_state(job.model, job.optimizer).entries)
+    for name, value in images[0].items():
+        other = images[1][name]
+        assert torch.equal(value, other) if isinstance(value, Tensor) else value == other, name
+    return actions
+
+
+@pytest.mark.parametrize("mode", ["ddp", "fsdp2"])
+def test_in_a_controller_the_signal_changes_no_bit(two: Any, mode: str) -> None:
+    for without, with_it in two.run(guarded, mode):
+        assert without == with_it and without.count("rollback") == 1, without
 
 
 def test_bad_settings_are_named() -> None:
