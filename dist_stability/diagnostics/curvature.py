@@ -146,16 +146,17 @@ class Products:
         """Use :meth:`Curvature.session`."""
         self._of, self._centre = of, centre
         self._norm: float | None = None
+        self._reached = False
         self.loss: Tensor | None = None
 
     def gradient(self) -> Vector:
-        """The gradient at the centre. Collectives: those of forward and backward."""
+        """The gradient at the centre. Collectives: those of forward and backward, and an all-reduce in the first."""
         return self._gradient(None, 0.0)
 
     def hessian(self, direction: Vector, relative_step: float | None = None) -> Vector:
         """H times ``direction``, which may have any length.
 
-        Collectives: those of two forwards and backwards, and two all-reduces.
+        Collectives: those of two forwards and backwards, and an all-reduce; two more in the first of a session.
 
         Args:
             direction: In parameter coordinates.
@@ -192,12 +193,15 @@ class Products:
                 total = loss.detach() if total is None else total + loss.detach()
             self.loss = total
         found = of.space.gradient()
-        reached = any(handle.grad is not None for handle in of.space.handles)
-        if not reached and any(part.numel() for part in found):
-            raise StabilityError(
-                f"rank {parallel.this_rank()}: the loss reached no parameter of the optimizer. Does loss_fn call the "
-                "model it is given, and is gradient synchronization on?"
-            )
+        if not self._reached:
+            # Agreed on: what a rank holds may be unused, or nothing at all.
+            mine = [0.0 if handle.grad is None else 1.0 for handle in of.space.handles]
+            if not of.space.sum_over_elements([mine])[0]:
+                raise StabilityError(
+                    f"rank {parallel.this_rank()}: the loss reached no parameter of the optimizer. Does loss_fn call "
+                    "the model it is given, and is gradient synchronization on?"
+                )
+            self._reached = True
         return found
 
     def _exact(self, direction: Vector) -> Vector:

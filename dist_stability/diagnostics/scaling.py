@@ -122,11 +122,12 @@ class Scaling:
 
         Collectives: one all-reduce.
         """
-        return sum(
-            square * (1.0 - rule.gain) * _shrinking(rule, root)
-            for square, rule, root in zip(space.squares(vector).values(), self.rules, self.roots, strict=True)
-            if rule is not None
-        )
+        # Summed here and then over ranks: a rank may have no state, and so no root, where its shard is empty.
+        terms: list[Tensor | float] = [
+            0.0 if rule is None else (part * part).sum(dtype=torch.float64) * (1.0 - rule.gain) * _shrinking(rule, root)
+            for part, rule, root in zip(vector, self.rules, self.roots, strict=True)
+        ]
+        return space.sum_over_elements([terms])[0]
 
     def gain(self, space: ShardSpace, vector: Vector) -> float:
         """The gain along a unit vector. Collectives: one all-reduce."""

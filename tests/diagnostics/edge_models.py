@@ -9,7 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+from torch.distributed.fsdp.wrap import ModuleWrapPolicy
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -99,11 +100,18 @@ def data(replica: int = 0, replicas: int = 1) -> tuple[Tensor, Tensor]:
 
 
 def build(mode: str, rank: int, world: int, optimizer: str = "adamw", noise: bool = False) -> Job:
-    """``mode``: single, ddp, ddp-view, fsdp2, hsdp (replicas of pairs), hsdp-1 (of single ranks), tp, fsdp2+tp."""
+    """``mode``: single, ddp, ddp-view, fsdp1[-flat], fsdp2, hsdp (of pairs), hsdp-1 (of single ranks), tp, fsdp2+tp."""
     torch.manual_seed(3)
     model: nn.Module = Gpt(noise=noise)
     if mode.startswith("ddp"):
         model = DistributedDataParallel(model, gradient_as_bucket_view=mode == "ddp-view")
+    elif mode.startswith("fsdp1"):
+        model = FullyShardedDataParallel(
+            model,
+            auto_wrap_policy=ModuleWrapPolicy({Block}),
+            use_orig_params=mode == "fsdp1",
+            device_id=torch.device("cpu"),
+        )
     elif mode != "single":
         options: dict[str, Any] = {}
         if mode.startswith("hsdp"):

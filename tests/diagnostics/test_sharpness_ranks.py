@@ -13,7 +13,7 @@ from dist_stability.diagnostics.sharpness import Sharpness
 from dist_stability.diagnostics.space import ShardSpace
 
 STEPS = 12
-TWO = ["ddp", "fsdp2", "hsdp-1", "tp"]
+TWO = ["ddp", "fsdp1", "fsdp1-flat", "fsdp2", "hsdp-1", "tp"]
 FOUR = ["fsdp2", "hsdp", "fsdp2+tp"]
 
 
@@ -96,7 +96,8 @@ def transparent(rank: int, world: int, mode: str, optimizer: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("mode", "optimizer"), [("ddp", "sgd"), ("ddp-view", "adamw"), ("fsdp2", "adamw"), ("tp", "adamw")]
+    ("mode", "optimizer"),
+    [("ddp", "sgd"), ("ddp-view", "adamw"), ("fsdp1", "sgd"), ("fsdp2", "adamw"), ("tp", "adamw")],
 )
 def test_a_measurement_leaves_no_trace(two: Any, mode: str, optimizer: str) -> None:
     two.run(transparent, mode, optimizer)
