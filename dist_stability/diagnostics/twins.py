@@ -175,3 +175,19 @@ def distance(first: Twin, second: Twin, losses: tuple[Tensor, Tensor]) -> Distan
         losses=(flat[5 * n], flat[5 * n + 1]),
         left_out={name: round(row[4]) for name, row in rows.items() if row[4] > 0.0},
     )
+
+
+def churn(twin: Twin, one: Tensor | None, other: Tensor | None) -> float | None:
+    """Fraction of predictions that differ; None where there are none. Collectives: one all-reduce, if there are.
+
+    Args:
+        twin: Either of the two.
+        one: Of this rank's examples.
+        other: Of the same examples.
+    """
+    if one is None or other is None:
+        return None
+    different = (one != other).sum(dtype=torch.float64).to(twin.space.device)
+    count = torch.full_like(different, float(one.numel()))
+    summed, examples = total(torch.stack([different, count]))
+    return summed / examples if examples else math.nan

@@ -7,8 +7,9 @@ import torch
 from edge_models import Job, build, loss_fn
 
 from dist_stability.diagnostics.growth import Verdict
+from dist_stability.diagnostics.lyapunov import lyapunov
 from dist_stability.diagnostics.perturbation import KScale, OneUlp, RandomUlps
-from dist_stability.diagnostics.sensitivity import lyapunov, sensitivity
+from dist_stability.diagnostics.sensitivity import sensitivity
 from dist_stability.diagnostics.sharpness import Sharpness
 from dist_stability.diagnostics.twins import TwinRun
 from dist_stability.signals import DirectionalRatio, measure, step_context

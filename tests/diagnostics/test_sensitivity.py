@@ -12,9 +12,11 @@ from torch import Tensor, nn
 
 from dist_stability import StabilityError
 from dist_stability.diagnostics.growth import Verdict
+from dist_stability.diagnostics.lyapunov import lyapunov
 from dist_stability.diagnostics.perturbation import KScale, OneUlp, Perturbation, RandomUlps, Rebuilt
-from dist_stability.diagnostics.sensitivity import lyapunov, sensitivity, variance_against_seeds
+from dist_stability.diagnostics.sensitivity import sensitivity
 from dist_stability.diagnostics.twins import Twin, TwinRun
+from dist_stability.diagnostics.variance import variance_against_seeds
 from dist_stability.snapshot.rng import forked
 
 WHITE = (113**2 + 112**2) / 225**2

@@ -12,8 +12,9 @@ from torch.distributed.tensor import DTensor
 
 from dist_stability import StabilityError
 from dist_stability.diagnostics.growth import Verdict
+from dist_stability.diagnostics.lyapunov import lyapunov
 from dist_stability.diagnostics.perturbation import KScale, OneUlp, Perturbation, RandomUlps
-from dist_stability.diagnostics.sensitivity import lyapunov, sensitivity
+from dist_stability.diagnostics.sensitivity import sensitivity
 from dist_stability.diagnostics.twins import Twin, TwinRun
 
 TWO = ["ddp", "fsdp2", "tp"]
