@@ -108,7 +108,6 @@ class Curvature:
             parallel.reshard(self.model)
             undo.callback(_put_gradients_back, self._gradients())
             self._buffers.capture()
-            undo.callback(self._buffers.restore)
             modules = list(self.model.modules())
             undo.callback(_set_flags, modules, [module.training for module in modules])
             centre = [part.clone() for part in self.space.live()]
@@ -232,7 +231,7 @@ class Products:
 
     @contextmanager
     def _evaluation(self) -> Iterator[None]:
-        """The same random streams and buffers for each evaluation."""
+        """The same random streams and buffers for each evaluation, and after it those of the session's beginning."""
         with forked(self._of.seed), torch.enable_grad():
             try:
                 yield
