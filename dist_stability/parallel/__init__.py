@@ -21,7 +21,7 @@ from .modules import (
     unwrapped,
 )
 from .norm import clip_grad_norm_
-from .tensors import Wrapping, is_dtensor, is_wrapped_as, local, wrapping
+from .tensors import Wrapping, is_dtensor, is_wrapped_as, local, offset, wrapping
 
 __all__ = [
     "Layout",
@@ -39,6 +39,7 @@ __all__ = [
     "local",
     "named_modules",
     "offsets",
+    "offset",
     "optimizer_state",
     "original_class",
     "reshard",

@@ -22,10 +22,17 @@ def reshard(model: nn.Module) -> None:
     After a forward the root stays gathered. An event set with ``set_post_optim_event`` and not used
     yet is dropped: the next all-gather would wait for the optimizer step it marks and not for a restore made after
     it. Without an event FSDP2 waits for everything on the compute stream.
+
+    A module whose forward raised counts as still inside it, and keeps what it gathered through its public
+    ``reshard()``. At a step boundary no forward is under way, so the weights of such a one are put back, too.
     """
     for unit in units(model):
         unit.reshard()
-        context = getattr(unit._get_fsdp_state(), "_state_ctx", None)
+        state = unit._get_fsdp_state()
+        for group in _groups_of(state):
+            if group.is_unsharded:
+                group._to_sharded()
+        context = getattr(state, "_state_ctx", None)
         if context is not None and context.post_optim_event is not None:
             context.post_optim_event = None
 
@@ -42,11 +49,15 @@ def groups(model: nn.Module) -> Iterator[Any]:
         if id(state) in seen:  # fully_shard([a, b]) gives both modules one state
             continue
         seen.add(id(state))
-        several = getattr(state, "_fsdp_param_groups", None)
-        if several is None:
-            one = state._fsdp_param_group
-            several = [] if one is None else [one]
-        yield from several
+        yield from _groups_of(state)
+
+
+def _groups_of(state: Any) -> list[Any]:
+    several = getattr(state, "_fsdp_param_groups", None)
+    if several is not None:
+        return list(several)
+    one = state._fsdp_param_group
+    return [] if one is None else [one]
 
 
 def parameters(model: nn.Module) -> Iterator[torch.Tensor]:

@@ -35,6 +35,18 @@ def local(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.detach()
 
 
+def offset(tensor: torch.Tensor) -> tuple[int, ...]:
+    """Where the local part of a tensor begins in the whole, along each dimension; zeros unless it is a DTensor.
+
+    Enters no collective. torch has no public way to ask a DTensor for it.
+    """
+    if not isinstance(tensor, DTensor):
+        return (0,) * tensor.dim()
+    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+    return tuple(compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)[1])
+
+
 @dataclass(frozen=True, slots=True)
 class Wrapping:
     """How a DTensor is laid out, without its data: enough to make it again from a local shard."""

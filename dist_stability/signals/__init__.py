@@ -6,6 +6,7 @@ logged at every step and ride in the vote's all-reduce (:class:`Monitor`), or ar
 
 from .agreement import GradientAgreement, RankAgreement
 from .base import Signal, SignalValues, StepContext
+from .directional import DirectionalRatio
 from .effective_step import EffectiveStep
 from .gradients import Gradients
 from .groups import GroupNorms, group_squares
@@ -18,6 +19,7 @@ from .probe import LossProbe, Reading
 from .updates import UpdateRatio, UpdateRms
 
 __all__ = [
+    "DirectionalRatio",
     "EffectiveStep",
     "GradientAgreement",
     "Gradients",

@@ -1,0 +1,342 @@
+"""Is the run at the edge of stability, past it, or standing still? A pure state machine over cheap readings.
+
+Readings come at their own paces: the directional ratio rho every few steps, the margin (:mod:`.sharpness`) every fifty.
+Each kind of evidence has its own hysteresis, and a state changes only after three readings in a row agree that it is
+at least (or at most) the new one. Full-batch training sits at margin 1 and rho 2 for long stretches, with a falling
+loss: that is EDGE, it is healthy, and nothing is done about it. The thresholds are starting points for large batches;
+with small ones the margin of the whole loss stays lower, and for small-batch AdamW no threshold is established.
+
+Pure Python floats, no tensors, no collectives. Ranks that observe the same readings are in the same state; the readings
+of signals and :class:`~.sharpness.Sharpness` are the same on every rank, and :meth:`EdgeOfStability.fingerprint` can
+ride in a vote to see to it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from enum import StrEnum
+from typing import Any
+
+from ..rungs import Rung
+
+
+class EdgeState(StrEnum):
+    """Where the run stands, in the order of alarm."""
+
+    STABLE = "stable"
+    EDGE = "edge"
+    OVERDRIVEN = "overdriven"
+    RUNAWAY = "runaway"
+    POISONED = "poisoned"
+
+
+@dataclass(frozen=True, slots=True)
+class EdgeSettings:
+    """Thresholds.
+
+    Attributes:
+        edge_margin: Margin from which on the run is at the edge.
+        overdriven_margin: Margin above which it is past it.
+        runaway_margin: Margin above which a refused probe means a runaway: the simple catapult bound.
+        edge_rho: Median rho from which on the run is at the edge.
+        rising_rho: Median rho above which a rising loss means that the run is past the edge.
+        overdriven_rho: Median rho above which it is past it, whatever the loss does.
+        rho_window: Readings of rho in the median.
+        patience: Readings in a row that a change of state takes.
+        loss_steps: Span of the loss's mean, and how far back it is compared with.
+        collapse: Effective step over its usual value below which the optimizer may be poisoned.
+        spike: Gradient norm over its usual value, or root mean square of g^2 / v, from which on it is a spike.
+        spike_steps: For how long after a spike a collapse is blamed on it.
+        give_in: Readings after which a collapsed effective step is taken for the new usual one.
+        margin_every: Steps between measurements of the margin.
+        margin_lasts: Steps after which a margin is no evidence any more.
+        repeat: Steps after which a state that lasts is acted on again.
+    """
+
+    edge_margin: float = 0.8
+    overdriven_margin: float = 1.25
+    runaway_margin: float = 2.0
+    edge_rho: float = 1.6
+    rising_rho: float = 2.2
+    overdriven_rho: float = 2.5
+    rho_window: int = 20
+    patience: int = 3
+    loss_steps: int = 50
+    collapse: float = 0.2
+    spike: float = 8.0
+    spike_steps: int = 100
+    give_in: int = 32
+    margin_every: int = 50
+    margin_lasts: int = 200
+    repeat: int = 100
+
+    def __post_init__(self) -> None:
+        """Refuse what cannot be meant.
+
+        Raises:
+            ValueError: A setting is not positive, or thresholds are not in ascending order.
+        """
+        for each in fields(self):
+            value = getattr(self, each.name)
+            if isinstance(value, bool) or not isinstance(value, int | float) or not value > 0:
+                raise ValueError(f"EdgeSettings {each.name}: expected a positive number, got {value!r}")
+            if each.type == "int" and not isinstance(value, int):
+                raise ValueError(f"EdgeSettings {each.name}: expected a whole number, got {value!r}")
+        for names in (
+            ("edge_margin", "overdriven_margin", "runaway_margin"),
+            ("edge_rho", "rising_rho", "overdriven_rho"),
+        ):
+            values = [getattr(self, name) for name in names]
+            if values != sorted(values):
+                raise ValueError(f"EdgeSettings: expected {' <= '.join(names)}, got {values}")
+        if self.collapse >= 1.0:
+            raise ValueError(f"EdgeSettings collapse: expected a fraction below 1, got {self.collapse!r}")
+
+
+@dataclass(frozen=True, slots=True)
+class EdgeReading:
+    """What is known after one step, the same on every rank; None for what was not measured. NaN is no evidence.
+
+    Attributes:
+        step: Index of the step, ascending.
+        margin: See :class:`~.sharpness.SharpnessReading`; only where it was measured at this step.
+        rho: See :class:`~dist_stability.signals.DirectionalRatio`.
+        effective_step: Mean |update| / learning rate.
+        gradient_norm: Global, before clipping.
+        update_rms: Root mean square of g^2 / v under Adam.
+        learning_rate: Of the step.
+        loss: Training loss.
+        refused: The probe's innovation was above its bar.
+        finite: Loss, gradients and measurement were finite.
+    """
+
+    step: int
+    margin: float | None = None
+    rho: float | None = None
+    effective_step: float | None = None
+    gradient_norm: float | None = None
+    update_rms: float | None = None
+    learning_rate: float | None = None
+    loss: float | None = None
+    refused: bool = False
+    finite: bool = True
+
+    @classmethod
+    def of(cls, step: int, values: Mapping[str, float], **more: Any) -> EdgeReading:
+        """From the named numbers of the signals of a step."""
+        names = {"rho", "effective_step", "gradient_norm", "update_rms", "learning_rate"}
+        known: dict[str, Any] = {name: values[name] for name in names & values.keys()}
+        if "training_loss" in values:
+            known["loss"] = values["training_loss"]
+        return cls(step, **(known | more))
+
+
+@dataclass(frozen=True, slots=True)
+class EdgeAssessment:
+    """What a reading led to.
+
+    Attributes:
+        state: The state after it.
+        changed: It was another one before.
+        rung: What the ladder should do now; None for nothing, always None for STABLE and EDGE.
+        factor: With CUT_LR, what to multiply the learning rate by.
+        reason: One line for people.
+    """
+
+    state: EdgeState
+    changed: bool
+    rung: Rung | None = None
+    factor: float | None = None
+    reason: str = ""
+
+
+_LEVELS = (EdgeState.STABLE, EdgeState.EDGE, EdgeState.OVERDRIVEN)
+
+
+class EdgeOfStability:
+    """The state machine. Its whole state is plain numbers."""
+
+    def __init__(self, settings: EdgeSettings | None = None) -> None:
+        """Nothing seen: STABLE."""
+        self.settings = EdgeSettings() if settings is None else settings
+        self.state = EdgeState.STABLE
+        self._margins: list[int] = []  # the last levels of each kind, at most `patience`
+        self._ratios: list[int] = []
+        self._held = {"margin": 0, "rho": 0}
+        self._margin: float | None = None
+        self._margin_step: int | None = None
+        self._rhos: list[float] = []
+        self._loss: float | None = None
+        self._past: list[float] = []
+        self._usual: float | None = None
+        self._usual_norm: float | None = None
+        self._rate: float | None = None
+        self._spike: int | None = None
+        self._collapsed = 0
+        self._recovered = 0
+        self._poisoned = False
+        self._acted: int | None = None
+        self._remeasure = True
+
+    @property
+    def rho(self) -> float | None:
+        """Median of the last ratios."""
+        return sorted(self._rhos)[len(self._rhos) // 2] if self._rhos else None
+
+    def products_due(self, step: int) -> int:
+        """How many Hessian-vector products to measure the margin with at this step; 0 for no measurement.
+
+        One every ``margin_every`` steps; three at the first, after a change of the learning rate and after an alarm.
+        """
+        if self._remeasure:
+            return 3
+        due = self._margin_step is None or step - self._margin_step >= self.settings.margin_every
+        return 1 if due else 0
+
+    def observe(self, reading: EdgeReading) -> EdgeAssessment:
+        """Take in one reading. Everything that follows from it depends on readings alone."""
+        before = self.state
+        self._look_at_rate(reading)
+        self._look_at_loss(reading)
+        self._look_at_margin(reading)
+        self._look_at_rho(reading)
+        self._look_at_moments(reading)
+        self.state, reason = self._decide(reading)
+        changed = self.state is not before
+        if changed and self.state not in (EdgeState.STABLE, EdgeState.EDGE):
+            self._remeasure = True
+        rung, factor = self._response(reading, changed)
+        if rung is not None:
+            self._acted = reading.step
+        return EdgeAssessment(self.state, changed, rung, factor, reason)
+
+    def fingerprint(self) -> int:
+        """A whole number below 2^63 that is the same on two ranks exactly if their machines are (but for chance)."""
+        text = json.dumps(self.state_dict(), sort_keys=True)
+        return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big") >> 1
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything seen, JSON-able."""
+        own = {name.lstrip("_"): value for name, value in vars(self).items() if name != "settings"}
+        return json.loads(json.dumps(own))  # type: ignore[no-any-return]
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take back what ``state_dict`` returned."""
+        for name in [name for name in vars(self) if name not in ("settings", "state")]:
+            setattr(self, name, json.loads(json.dumps(state[name.lstrip("_")])))
+        self.state = EdgeState(state["state"])
+
+    def _look_at_rate(self, reading: EdgeReading) -> None:
+        rate = reading.learning_rate
+        if rate is None or not math.isfinite(rate):
+            return
+        if self._rate is not None and not math.isclose(rate, self._rate, rel_tol=0.1):
+            # Another learning rate is another regime: what was usual before says nothing about it.
+            self._remeasure, self._usual, self._collapsed = True, None, 0
+            self._rate = rate
+        elif self._rate is None:
+            self._rate = rate
+
+    def _look_at_loss(self, reading: EdgeReading) -> None:
+        if reading.loss is None or not math.isfinite(reading.loss):
+            return
+        weight = 2.0 / (self.settings.loss_steps + 1.0)
+        self._loss = reading.loss if self._loss is None else self._loss + weight * (reading.loss - self._loss)
+        self._past = [*self._past, self._loss][-self.settings.loss_steps - 1 :]
+
+    @property
+    def _rising(self) -> bool:
+        full = len(self._past) > self.settings.loss_steps
+        return full and self._past[-1] > self._past[0]
+
+    def _look_at_margin(self, reading: EdgeReading) -> None:
+        margin = reading.margin
+        if margin is None:
+            if self._margin_step is not None and reading.step - self._margin_step > self.settings.margin_lasts:
+                self._margin, self._margins, self._held["margin"] = None, [], 0
+            return
+        self._margin_step, self._remeasure = reading.step, False
+        if not math.isfinite(margin):
+            return
+        self._margin = margin
+        level = 2 if margin > self.settings.overdriven_margin else int(margin >= self.settings.edge_margin)
+        self._margins = self._hold("margin", self._margins, level)
+
+    def _look_at_rho(self, reading: EdgeReading) -> None:
+        if reading.rho is None or not math.isfinite(reading.rho):
+            return
+        self._rhos = [*self._rhos, reading.rho][-self.settings.rho_window :]
+        middle = self.rho
+        assert middle is not None
+        past = self.settings.rising_rho if self._rising else self.settings.overdriven_rho
+        level = 2 if middle > past else int(middle >= self.settings.edge_rho)
+        self._ratios = self._hold("rho", self._ratios, level)
+
+    def _hold(self, kind: str, recent: list[int], level: int) -> list[int]:
+        """Hysteresis: up to the least of the last readings, down to the largest of them."""
+        recent = [*recent, level][-self.settings.patience :]
+        if len(recent) == self.settings.patience:
+            self._held[kind] = min(max(self._held[kind], min(recent)), max(recent))
+        return recent
+
+    def _look_at_moments(self, reading: EdgeReading) -> None:
+        norm, settings = reading.gradient_norm, self.settings
+        if norm is not None and math.isfinite(norm) and norm > 0.0:
+            if self._usual_norm is not None and norm > settings.spike * self._usual_norm:
+                self._spike = reading.step
+            else:
+                old = self._usual_norm
+                self._usual_norm = norm if old is None else old * (norm / old) ** 0.05
+        if reading.update_rms is not None and reading.update_rms > settings.spike:
+            self._spike = reading.step
+        size = reading.effective_step
+        if size is None or not math.isfinite(size) or size <= 0.0:
+            return
+        if self._usual is None:
+            self._usual = size
+            return
+        ratio = size / self._usual
+        if self._poisoned:
+            self._collapsed += 1
+            self._recovered = self._recovered + 1 if ratio > 0.5 else 0
+            if self._recovered >= settings.patience or self._collapsed >= settings.give_in:
+                self._poisoned, self._collapsed, self._recovered, self._spike = False, 0, 0, None
+                self._usual = size
+            return
+        blamed = self._spike is not None and reading.step - self._spike <= settings.spike_steps
+        self._collapsed = self._collapsed + 1 if blamed and ratio < settings.collapse else 0
+        self._poisoned = self._collapsed >= settings.patience
+        if not blamed:
+            # Right after a spike the usual size is not learned: it would follow the collapse.
+            self._usual *= ratio**0.05
+
+    def _decide(self, reading: EdgeReading) -> tuple[EdgeState, str]:
+        if not reading.finite:
+            return EdgeState.RUNAWAY, "something is not finite"
+        if reading.refused and self._margin is not None and self._margin > self.settings.runaway_margin:
+            return EdgeState.RUNAWAY, f"margin {self._margin:.3g} and the probe's innovation above its bar"
+        if self._poisoned:
+            usual = "" if self._usual is None else f" (usually {self._usual:.3g})"
+            return EdgeState.POISONED, f"the effective step collapsed after a gradient spike{usual}"
+        level = max(self._held.values())
+        said = [] if self._margin is None else [f"margin {self._margin:.3g}"]
+        said += [] if self.rho is None else [f"median rho {self.rho:.3g}"]
+        said += ["loss rising"] if self._rising else []
+        return _LEVELS[level], ", ".join(said)
+
+    def _response(self, reading: EdgeReading, changed: bool) -> tuple[Rung | None, float | None]:
+        """What to do: on entry, and again after a while in a state that lasts. Never at the edge."""
+        if self.state in (EdgeState.STABLE, EdgeState.EDGE):
+            return None, None
+        waited = self._acted is None or reading.step - self._acted >= self.settings.repeat
+        if self.state is EdgeState.RUNAWAY:
+            return Rung.SKIP, None  # refuse the proposal, each time; the ladder escalates by itself
+        if not (changed or waited):
+            return None, None
+        if self.state is EdgeState.POISONED:
+            return Rung.DEEP_ROLLBACK, None
+        return Rung.CUT_LR, max(0.5, 1.0 / self._margin) if self._margin and self._margin > 1.0 else 0.5
