@@ -151,7 +151,7 @@ def oldest_promised(draw: Draw, died: int) -> int:
     """One attempt behind the death, two where verdicts are read a step late; on disk the checkpoint before the last."""
     if "memory" in draw.tiers:
         return died - (1 if draw.decision == "immediate" else 2)
-    return died // EVERY * EVERY - EVERY
+    return (died - 1) // EVERY * EVERY - EVERY  # one is begun only when the one before is whole
 
 
 _whole: dict[tuple[Case, str], list[Any]] = {}
