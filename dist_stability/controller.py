@@ -233,8 +233,6 @@ class StabilityController:
         device = parallel.local(optimizers[0].param_groups[0]["params"][0]).device
         self._vote, self._phases.watch = make_vote(process_group, device, self._timeout)
         self._vote.asked_to_stop = asked_to_stop
-        if self._persistence is not None:
-            self._persistence.connect(self._vote)
         self._veto = VetoStage(guards, optimizers, self._vote, self._phases)
         # In observe mode nothing is ever restored, so nothing needs to be captured.
         heard = (model, parallel.forward_module(model)) if self._enforced else ()
@@ -268,7 +266,7 @@ class StabilityController:
             with self._noted():
                 agree_on_settings(self._vote, self._settings())
                 if self._persistence is not None:
-                    self._persistence.meet()
+                    self._persistence.connect(self._vote)
                 self._start()
         except BaseException:
             if self._persistence is not None:

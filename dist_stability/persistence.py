@@ -164,16 +164,16 @@ class Persistence:
             self.shelf.check(recovery.plan.bytes_kept * recovery.ring.size, recovery.ring.size)
 
     def connect(self, vote: Vote) -> None:
-        """The other ranks. Collectives: with slower tiers, one process group is made."""
+        """Meet the other ranks, which have the same settings.
+
+        Collectives: with slower tiers, one process group is made; with peer copies, two all-gathers.
+        """
         self.vote = vote
         if self._slow:
             self._courier = Courier(self._slow, self._recovery.ring, self._group, vote.ranks, vote.rank)
             self._courier.silent, self._courier.timeout = vote.silent, vote.timeout
-
-    def meet(self) -> None:
-        """All ranks have the same settings. Collectives: with peer copies, two all-gathers."""
         if self._peers is not None:
-            self._peers.join(self.vote.gather(self._peers.host, -1))
+            self._peers.join(vote.gather(self._peers.host, -1))
 
     def stop(self, wait: bool) -> None:
         """End what goes on in the background, before the slots are given back. Idempotent; enters no collective.

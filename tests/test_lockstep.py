@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -18,7 +19,7 @@ from harness import RankError
 from test_golden_twin import Job
 from zoo import Case
 
-from dist_stability import GradientNormGuard, NonFiniteGuard, StabilityController
+from dist_stability import Checkpoints, GradientNormGuard, NonFiniteGuard, StabilityController
 from dist_stability.parallel import local
 from dist_stability.testing import FaultInjector, Outcome, assert_golden_twin, flip_largest
 
@@ -208,7 +209,10 @@ def construct_with(what: str, rank: int, world: int) -> None:
         options[what] = others[what]
     if what == "guards":
         options["guards"] = (NonFiniteGuard(),) if odd else ()
-    zoo.control(case, setup, **options).close()
+    with tempfile.TemporaryDirectory() as folder:
+        if what == "persist" and odd:
+            options["persist"] = Checkpoints(folder)
+        zoo.control(case, setup, **options).close()
 
 
 SETTINGS = [
@@ -219,6 +223,7 @@ SETTINGS = [
     "replica_check_every",
     "guards",
     "probe",
+    "persist",
     "model and optimizer",
     "replicas",
 ]
