@@ -175,7 +175,7 @@ def test_left_without_goodbye(tmp_path: Path) -> None:
     assert made == 8
 
 
-@pytest.mark.parametrize("mode", ["ddp", "fsdp2"])
+@pytest.mark.parametrize("mode", [pytest.param("ddp", marks=pytest.mark.slow), "fsdp2"])
 def test_killed_again_while_it_resumes(mode: str, tmp_path: Path) -> None:
     """In the middle of the restore, of the copy that follows it, and of its first two seals."""
     again = [("restore", 8, 1), ("copy", 8, 1), ("seal", 8, 1), ("seal", 9, 1)]
