@@ -240,8 +240,12 @@ def drawn(draw: random.Random) -> Draw:
         rank = draw.choice((0, 1) if how == "SIGSTOP" else (0, 1, BOTH))
         chunks: Callable[[int], int] = draw.randrange
         call = chunks(3) if phase in ("seal", "copy", "restore") else 0
-        # A restore happens where a step is refused, and where a later start resumes.
-        return Death(how, phase, 0 if phase == "restore" else min(low + draw.randrange(4), 10), rank, call)
+        attempt = min(low + draw.randrange(4), 10)
+        if phase == "restore":  # where a step is refused, and where a later start resumes
+            attempt = 0
+        if phase == "seal" and "memory" not in tiers:  # where a checkpoint is due, and in one part
+            attempt, call = min(attempt, 6), 0
+        return Death(how, phase, attempt, rank, call)
 
     deaths = (death(draw.randrange(8)),)
     deaths += (death(deaths[0].attempt),) if draw.random() < 0.5 else ()
