@@ -20,7 +20,7 @@ from .modules import (
     unwrapped,
 )
 from .norm import clip_grad_norm_
-from .tensors import Wrapping, is_dtensor, is_wrapped_as, local, wrapping
+from .tensors import Wrapping, is_dtensor, is_wrapped_as, local, local_gradient, wrapping
 
 __all__ = [
     "Layout",
@@ -36,6 +36,7 @@ __all__ = [
     "is_dtensor",
     "is_wrapped_as",
     "local",
+    "local_gradient",
     "named_modules",
     "optimizer_state",
     "original_class",

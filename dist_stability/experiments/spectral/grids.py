@@ -1,0 +1,84 @@
+"""Which runs there are. Fixed before they were made: nothing here was chosen by looking at their outcome."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from dist_stability.experiments.spectral.models import INITS, NORMS
+from dist_stability.experiments.spectral.runs import Configuration, Run
+
+
+@dataclass(frozen=True)
+class Grid:
+    """Configurations by learning rates.
+
+    Attributes:
+        name: For folders and pages.
+        configurations: All of them.
+        lrs: Learning rates, each for every configuration.
+        steps: Of a run.
+    """
+
+    name: str
+    configurations: tuple[Configuration, ...]
+    lrs: tuple[float, ...]
+    steps: int
+
+    def runs(self, configuration: Configuration) -> list[Run]:
+        """Those of one configuration, by rising learning rate."""
+        return [Run(configuration, lr, self.steps) for lr in self.lrs]
+
+
+PAPER = Grid(
+    "paper",
+    tuple(
+        Configuration("phrase", 64, layers, norm, "paper", seed)
+        for seed in (42, 123)
+        for layers in (4, 8)
+        for norm in NORMS
+    ),
+    (1e-3, 5e-3, 1e-2, 3e-2),
+    60,
+)
+"""The paper's comparison in the small: one initialization, six norms. What the score M~1 is measured on."""
+
+DESIGN = Grid(
+    "design",
+    tuple(
+        Configuration("phrase", 32, layers, norm, init, seed)
+        for seed, layers, norms in (
+            (0, 4, ("none", "pre", "post", "deep", "rms", "sub")),
+            (1, 8, ("none", "pre", "post", "deep")),
+            (2, 2, ("none", "post")),
+        )
+        for norm in norms
+        for init in INITS
+    ),
+    tuple(1e-3 * 10 ** (place / 2) for place in range(8)),
+    60,
+)
+"""What the learning-rate probe was designed on, and nothing else: one task, one width, seeds 0 to 2."""
+
+HELD_OUT = Grid(
+    "held-out",
+    tuple(
+        Configuration(task, width, layers, norm, init, 101 + layers)
+        for task, width, layers in (("recall", 24, 6), ("english", 48, 3), ("synthetic", 40, 4))
+        for norm in NORMS
+        for init in INITS
+    ),
+    (3e-3, 1e-2, 2e-2, 4e-2, 8e-2, 2e-1, 4e-1, 8e-1, 1.6),
+    60,
+)
+"""Other tasks, widths, depths and seeds: looked at once, after the probe was frozen."""
+
+GRIDS = {grid.name: grid for grid in (PAPER, DESIGN, HELD_OUT)}
+
+EDGES = tuple(
+    Configuration(task, width, layers, norm, init, 201)
+    for task, width, layers in (("recall", 40, 3), ("english", 24, 5), ("synthetic", 32, 2))
+    for norm, init in (("none", "paper"), ("none", "torch"), ("pre", "xavier"), ("post", "paper"), ("sub", "torch"))
+)
+"""15 configurations whose true edge is found by training, for the stable-learning-rate search."""
+
+EDGE_STEPS = 60
