@@ -1,17 +1,17 @@
 """How risky a learning rate is, from a few virtual steps; and the largest one that is not.
 
 Before training starts, or at any step boundary, ``risk`` takes eight Adam steps at the learning rate in question,
-without warmup, and looks at the loss and the gradient norm on the way. Then everything is undone, bit for bit. The score says
-how near they came to the limits beyond which a run counts as diverged. ``stable_learning_rate`` searches the largest
-rate whose score stays under a threshold.
+without warmup, and looks at the loss and the gradient norm on the way. Then everything is undone, bit for bit. The
+score says how near they came to the limits beyond which a run counts as diverged. ``stable_learning_rate`` searches
+the largest rate whose score stays under a threshold.
 
-How it was chosen. Among sign steps along one ray (thresholds on loss and gradient norm at 20 distances), and 1 to 8
-virtual Adam steps (loss, loss over initial loss, gradient norm, both), on the grid ``experiments.spectral.grids.DESIGN``: one
-task, one width, three seeds. Number of steps, limits and threshold have not changed since; docs/lr-probe.md has what was
-measured on other tasks, widths and seeds.
+How it was chosen. Among sign steps along one ray (thresholds on loss and gradient norm at up to 20 distances), and 1
+to 8 virtual Adam steps (loss, loss over initial loss, gradient norm, both), on the grid
+``experiments.spectral.grids.DESIGN``: one task, one width, three seeds. Number of steps, limits and threshold have not
+changed since; docs/lr-probe.md has what was measured on other tasks, widths and seeds.
 
-What it cannot see: whatever happens later than the virtual steps reach, for example a learning rate that is safe in a
-long warmup only, or a bad batch.
+What it cannot see: whatever happens later than the virtual steps reach, a learning rate that is safe in a long warmup
+only, clipping, a bad batch.
 """
 
 from __future__ import annotations
@@ -101,8 +101,8 @@ def risk(
     Forwards run in evaluation mode. Weights, gradients, buffers, flags, random streams and sharding are afterwards as
     before, also when something was raised.
 
-    Collectives for each step: those of a forward and a backward under FSDP and tensor parallelism, otherwise one all-reduce
-    per parameter and a small one; and a small one for the loss.
+    Collectives: a small all-reduce, then for each point those of a forward and a backward under FSDP and tensor
+    parallelism and one of one number, otherwise a small all-reduce and one for each parameter; and one of two numbers.
 
     Memory: two more copies of the trainable parameters' local shards in float32 and one in their own dtype.
 
@@ -139,9 +139,9 @@ def stable_learning_rate(
 ) -> Search:
     """The largest learning rate whose score stays under a threshold.
 
-    Doubles from ``low`` until the score reaches the threshold, then halves the bracket on a logarithmic scale; about 25 calls of
-    :func:`risk`, and their collectives. Everything is undone as there. The rate found is an estimate of the edge, not a
-    recommendation: leave a margin.
+    Doubles from ``low`` until the score reaches the threshold, then halves the bracket on a logarithmic scale: about 20
+    learning rates, each as in :func:`risk`, with its collectives. Everything is undone as there. The rate found is an
+    estimate of the edge, not a recommendation: leave a margin.
 
     Args:
         model: See :func:`risk`.

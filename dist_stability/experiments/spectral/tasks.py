@@ -52,8 +52,9 @@ def task(name: str) -> Task:
     """A task by its name.
 
     "phrase": one phrase of 79 characters, again and again, from random offsets. "recall": [k1 v1 .. k4 v4 padding
-    query] of length 64 over 256 tokens, loss on the last position. "synthetic": repetitions, runs and random tokens, as in
-    the paper, but 512 tokens for its 10,000 and length 64 for 256. "english": the help topics of Python, by character.
+    query] of length 64 over 256 tokens, loss on the last position. "synthetic": repetitions, runs and random tokens, as
+    in the paper, but 512 tokens for its 10,000 and length 64 for 256. "english": the help topics of Python, by
+    character.
     """
     if name == "phrase":
         return _characters(PHRASE * 4, context=32, offsets=len(PHRASE))
