@@ -72,7 +72,38 @@ HELD_OUT = Grid(
 )
 """Other tasks, widths, depths and seeds: looked at once, after the probe was frozen."""
 
-GRIDS = {grid.name: grid for grid in (PAPER, DESIGN, HELD_OUT)}
+_SIZES = (
+    ("recall", 24, 2),
+    ("recall", 64, 8),
+    ("english", 32, 8),
+    ("english", 64, 2),
+    ("synthetic", 24, 8),
+    ("synthetic", 64, 3),
+)
+
+NEAR_NONE = Grid(
+    "near-none",
+    tuple(Configuration(task, width, layers, "none", init, 301) for task, width, layers in _SIZES for init in INITS),
+    tuple(0.006 * 1.5**place for place in range(8)),
+    60,
+)
+"""Models without normalization of many sizes, learning rates close together where their edges lie: the hard question
+within a family, where the learning rate alone has less to say. Made after HELD_OUT was looked at, before its own runs."""
+
+NEAR_NORM = Grid(
+    "near-norm",
+    tuple(
+        Configuration(task, width, layers, norm, init, 302)
+        for task, width, layers in _SIZES[:1] + _SIZES[2:3] + _SIZES[-1:]
+        for norm in ("pre", "post", "sub")
+        for init in INITS
+    ),
+    tuple(0.3 * 1.5**place for place in range(5)),
+    60,
+)
+"""The same with normalization."""
+
+GRIDS = {grid.name: grid for grid in (PAPER, DESIGN, HELD_OUT, NEAR_NONE, NEAR_NORM)}
 
 EDGES = tuple(
     Configuration(task, width, layers, norm, init, 201)
