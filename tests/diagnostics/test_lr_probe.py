@@ -46,7 +46,8 @@ def test_the_virtual_steps_are_those_of_adam(lr: float) -> None:
     assert found.losses == pytest.approx(losses, rel=1e-3)
     assert found.gradient_norms == pytest.approx(norms, rel=1e-3)
     assert found.score == max(
-        *(math.log10(value / 50) for value in found.losses), *(math.log10(value / 500) for value in found.gradient_norms)
+        *(math.log10(value / 50) for value in found.losses),
+        *(math.log10(value / 500) for value in found.gradient_norms),
     )
 
 
@@ -177,7 +178,11 @@ def test_bad_settings_are_named(change: dict[str, Any], words: str) -> None:
 
 
 def test_bad_settings_of_the_search_are_named() -> None:
-    for change, words in (({"precision": 1.0}, "precision"), ({"high": 1e-9}, "high"), ({"threshold": math.inf}, "thr")):
+    for change, words in (
+        ({"precision": 1.0}, "precision"),
+        ({"high": 1e-9}, "high"),
+        ({"threshold": math.inf}, "thr"),
+    ):
         with pytest.raises(ValueError, match=words):
             lr_probe.stable_learning_rate(small(), loss, batches(), **change)
     with pytest.raises(ValueError, match="no trainable"):

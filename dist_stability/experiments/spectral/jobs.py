@@ -27,16 +27,16 @@ def grid_jobs(grid: Grid, out: Path) -> list[Job]:
     ]
 
 
-def edge_jobs(out: Path, count: int | None = None) -> list[Job]:
-    """One job for each configuration of the check of the search; the first ``count``."""
+def edge_jobs(part: str, out: Path) -> list[Job]:
+    """One job for each configuration of one part of the check of the search."""
     return [
         Job(
-            out / "edges" / f"{configuration}.json",
+            out / f"edges-{part}" / f"{configuration}.json",
             {**asdict(configuration), "steps": EDGE_STEPS, **_PROTOCOL},
             edge,
             (configuration, EDGE_STEPS),
         )
-        for configuration in EDGES[:count]
+        for configuration in EDGES[part]
     ]
 
 

@@ -19,9 +19,9 @@ SCORES: dict[str, tuple[str, Callable[[Point], float]]] = {
     "probe": ("probe: eight virtual steps", lambda p: p["risk"]),
     "sign_step": ("loss after one sign step of 10 LR", lambda p: p["sign_step"]),
     "near_unit": ("M≈1", lambda p: p["near_unit"]),
-    "near_unit_log_condition": ("M≈1 log10 κ", lambda p: p["near_unit_log_condition"]),
-    "radius": ("ρ", lambda p: p["radius"]),
-    "condition": ("κ", lambda p: p["condition"]),
+    "near_unit_log_condition": ("M≈1 log10 kappa", lambda p: p["near_unit_log_condition"]),
+    "radius": ("rho", lambda p: p["radius"]),
+    "condition": ("kappa", lambda p: p["condition"]),
     "small_update": ("small relative update", lambda p: -p["relative_update"]),
     "gradient_norm": ("initial gradient norm", lambda p: p["gradient_norm"]),
     "no_norm": ("no-norm flag", lambda p: float(not p["has_norm"])),
@@ -40,7 +40,7 @@ PAPER_AUROC = {
     "condition": 0.687,
     "gradient_norm": 0.621,
 }
-"""Table 2 of the paper. Its value for ρ needs the sign turned: its No-Norm row has the smallest ρ."""
+"""Table 2 of the paper. Its value for rho needs the sign turned: its No-Norm row has the smallest rho."""
 
 PAPER_TABLE = {
     "pre": (25, 0.0, 0.16, 0.54, 2.29),
@@ -50,7 +50,7 @@ PAPER_TABLE = {
     "sub": (12, 0.0, 0.13, 0.54, 2.23),
     "none": (84, 0.964, 0.80, 0.19, 1.11),
 }
-"""Table 1 of the paper: runs, share diverged, M≈1, M>1, ρ."""
+"""Table 1 of the paper: runs, share diverged, M≈1, M>1, rho."""
 
 
 def slices(points: Sequence[Point]) -> dict[str, list[Point]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Sequence
 from typing import Any
 
@@ -23,6 +24,8 @@ from dist_stability.experiments.spectral.tasks import Batch, loss_fn
 
 SIGN_STEP = 10.0
 """Of the simpler probe measured beside ours: the loss after one step of 10 lr along the sign of the gradient."""
+
+EDGE_PROBES = (8, 16)
 
 LIMITS = lr_probe.Limits(LOSS_LIMIT, NORM_LIMIT)
 
@@ -67,15 +70,18 @@ def grid_point(subject: tuple[Configuration, tuple[Run, ...]]) -> dict[str, Any]
 
 
 def edge(subject: tuple[Configuration, int]) -> dict[str, Any]:
-    """The true edge of a configuration, by training, and the rate that the search finds without.
+    """The true edge of a configuration, by training, and the rates that searches with so many virtual steps find without.
 
-    Learning rates double from 0.002 until a run diverges; the bracket is then halved three times on a logarithmic scale, to a
-    ratio of 1.09. The edge is its geometric middle.
+    Learning rates double from 0.002 until a run diverges; the bracket is then halved three times on a logarithmic
+    scale, to a ratio of 1.09. The edge is its geometric middle.
     """
     configuration, steps = subject
-    found = lr_probe.stable_learning_rate(
-        configuration.model(), loss_fn, configuration.probe_batches(), limits=LIMITS
-    )
+    model, batches = configuration.model(), configuration.probe_batches()
+    found = {}
+    for length in EDGE_PROBES:
+        begin = time.perf_counter()
+        search = lr_probe.stable_learning_rate(model, loss_fn, batches, limits=LIMITS, steps=length)
+        found[str(length)] = {"lr": search.lr, "tried": len(search.tried), "seconds": time.perf_counter() - begin}
     runs: list[tuple[float, bool]] = []
 
     def diverges(lr: float) -> bool:
@@ -88,7 +94,7 @@ def edge(subject: tuple[Configuration, int]) -> dict[str, Any]:
     for _ in range(3):
         middle = math.sqrt(low * high)
         low, high = (low, middle) if diverges(middle) else (middle, high)
-    return {"edge": math.sqrt(low * high), "bracket": [low, high], "found": found.lr, "runs": runs}
+    return {"edge": math.sqrt(low * high), "bracket": [low, high], "found": found, "runs": runs}
 
 
 def _initial(model: nn.Module, batch: Batch) -> tuple[float, float]:
