@@ -27,14 +27,15 @@ def grid_jobs(grid: Grid, out: Path) -> list[Job]:
     ]
 
 
-def edge_jobs(part: str, out: Path) -> list[Job]:
-    """One job for each configuration of one part of the check of the search."""
+def edge_jobs(part: str, out: Path, steps: int | None = None) -> list[Job]:
+    """One job for each configuration of one part of the check of the search; ``steps`` of a run other than usual."""
+    steps = EDGE_STEPS if steps is None else steps
     return [
         Job(
             out / f"edges-{part}" / f"{configuration}.json",
-            {**asdict(configuration), "steps": EDGE_STEPS, **_PROTOCOL},
+            {**asdict(configuration), "steps": steps, **_PROTOCOL},
             edge,
-            (configuration, EDGE_STEPS),
+            (configuration, steps),
         )
         for configuration in EDGES[part]
     ]

@@ -70,7 +70,7 @@ def grid_point(subject: tuple[Configuration, tuple[Run, ...]]) -> dict[str, Any]
 
 
 def edge(subject: tuple[Configuration, int]) -> dict[str, Any]:
-    """The true edge of a configuration, by training, and the rates that searches with so many virtual steps find without.
+    """The true edge of a configuration, by training, and what searches with 8 and 16 virtual steps find without.
 
     Learning rates double from 0.002 until a run diverges; the bracket is then halved three times on a logarithmic
     scale, to a ratio of 1.09. The edge is its geometric middle.
