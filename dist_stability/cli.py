@@ -87,7 +87,21 @@ def _bench_engine(options: argparse.Namespace) -> int:
     return 0
 
 
+def _spectral(options: argparse.Namespace) -> int:
+    from dist_stability.experiments.spectral.command import experiment_kss, experiment_rksp
+
+    out = options.out or Path("out") / f"experiment-{options.name}"
+    try:
+        if options.name == "kss":
+            return experiment_kss(out, workers=options.workers, quick=options.quick)
+        return experiment_rksp(out, parts=options.parts, workers=options.workers, quick=options.quick)
+    except ValueError as error:
+        return _failed(error)
+
+
 def _experiment(options: argparse.Namespace) -> int:
+    if options.name in ("rksp", "kss"):
+        return _spectral(options)
     from dist_stability.experiments.paper.command import experiment
     from dist_stability.report.extras import MissingExtra, import_extra
 
@@ -152,8 +166,12 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument("--out", type=Path, default=Path("out/demo"), metavar="DIR", help="default: %(default)s")
     demo.set_defaults(run=_demo)
 
-    experiment = commands.add_parser("experiment", help="the controller paper's experiments: arms against faults")
-    experiment.add_argument("name", choices=["text", "vision"], metavar="NAME", help="text or vision")
+    experiment = commands.add_parser(
+        "experiment", help="the papers' experiments: arms against faults, and prediction of divergence"
+    )
+    experiment.add_argument(
+        "name", choices=["text", "vision", "rksp", "kss"], metavar="NAME", help="text, vision, rksp or kss"
+    )
     experiment.add_argument("--out", type=Path, metavar="DIR", help="default: out/experiment-NAME")
     experiment.add_argument(
         "--seeds", type=int, metavar="N", help="for reporting, from 0; default: 20 for text, 5 for vision"
@@ -180,6 +198,7 @@ def _parser() -> argparse.ArgumentParser:
     experiment.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: %(default)s")
     experiment.add_argument("--data", type=Path, metavar="DIR", help="folder of CIFAR-10; without it: digits")
     experiment.add_argument("--probe-size", type=int, metavar="N", help="held-out examples in the probe; default: 16")
+    experiment.add_argument("--parts", nargs="+", metavar="PART", help="rksp: grids and checks; default: all")
     experiment.add_argument("--quick", action="store_true", help="a few steps of everything, to see that it runs")
     experiment.set_defaults(run=_experiment)
 

@@ -21,7 +21,7 @@ from .modules import (
     unwrapped,
 )
 from .norm import clip_grad_norm_
-from .tensors import Wrapping, is_dtensor, is_wrapped_as, local, offset, wrapping
+from .tensors import Wrapping, is_dtensor, is_wrapped_as, local, local_gradient, offset, wrapping
 
 __all__ = [
     "Layout",
@@ -37,6 +37,7 @@ __all__ = [
     "is_dtensor",
     "is_wrapped_as",
     "local",
+    "local_gradient",
     "named_modules",
     "offsets",
     "offset",

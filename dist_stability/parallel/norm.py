@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -11,7 +10,7 @@ from torch import nn
 
 from ..errors import StabilityError
 from .layout import Layout
-from .tensors import is_dtensor, local
+from .tensors import local, local_gradient
 
 
 def clip_grad_norm_(
@@ -65,9 +64,7 @@ def clip_grad_norm_(
 
 def _counted(parameter: torch.Tensor) -> torch.Tensor:
     """The local gradient as real numbers whose squares count: summands summed, duplicates of a sparse one added up."""
-    gradient: Any = parameter.grad
-    if is_dtensor(gradient) and gradient.placements != parameter.placements:  # type: ignore[attr-defined]
-        gradient = gradient.redistribute(placements=parameter.placements)  # type: ignore[attr-defined]
-    shard = local(gradient)
+    shard = local_gradient(parameter)
+    assert shard is not None  # the owners of gradients only
     dense = shard.coalesce().values() if shard.layout != torch.strided else shard
     return torch.view_as_real(dense.resolve_conj()) if dense.is_complex() else dense

@@ -47,6 +47,17 @@ def offset(tensor: torch.Tensor) -> tuple[int, ...]:
     return tuple(compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)[1])
 
 
+def local_gradient(parameter: torch.Tensor) -> torch.Tensor | None:
+    """The part of a parameter's gradient that belongs to its local shard, of the same shape; None without a gradient.
+
+    Enters a collective only where a DTensor's gradient is laid out differently from it (sequence parallelism).
+    """
+    gradient: Any = parameter.grad
+    if is_dtensor(gradient) and gradient.placements != parameter.placements:  # type: ignore[attr-defined]
+        gradient = gradient.redistribute(placements=parameter.placements)  # type: ignore[attr-defined]
+    return None if gradient is None else local(gradient)
+
+
 @dataclass(frozen=True, slots=True)
 class Wrapping:
     """How a DTensor is laid out, without its data: enough to make it again from a local shard."""
