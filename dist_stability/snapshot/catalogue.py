@@ -63,6 +63,23 @@ class Box:
 
 
 @dataclass(frozen=True, slots=True)
+class Wanted:
+    """A part of a whole tensor that is to be read.
+
+    Attributes:
+        key: Of the whole tensor.
+        shape: Of it.
+        offsets: Of the part.
+        target: Filled with it, in place: a plain tensor of the part's shape.
+    """
+
+    key: str
+    shape: tuple[int, ...]
+    offsets: tuple[int, ...]
+    target: torch.Tensor
+
+
+@dataclass(frozen=True, slots=True)
 class Place:
     """What the local tensor of an entry is a part of.
 

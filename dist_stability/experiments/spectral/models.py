@@ -47,8 +47,8 @@ class Block(nn.Module):
         return self.scale * stream + self._feed_forward(self.norm2(stream))
 
     def _attention(self, x: Tensor) -> Tensor:
-        parts = self.attention_in(x).unflatten(-1, (3, HEADS, -1)).permute(2, 0, 3, 1, 4)
-        mixed = functional.scaled_dot_product_attention(*parts.unbind(0), is_causal=True)
+        query, key, value = self.attention_in(x).unflatten(-1, (3, HEADS, -1)).permute(2, 0, 3, 1, 4).unbind(0)
+        mixed = functional.scaled_dot_product_attention(query, key, value, is_causal=True)
         out: Tensor = self.attention_out(self.inner1(mixed.transpose(1, 2).flatten(2)))
         return out
 

@@ -13,7 +13,7 @@ from dist_stability.experiments.spectral.statistics import auroc, auroc_interval
 Point = Mapping[str, Any]
 
 NO_NORM_EDGE_RATIO = 31.0
-"""How much lower the edge of "none" lies than that of the other norms, by the medians of the design grid."""
+"""How much lower the edge of "none" lies than that of the other norms: 0.018 and 0.56, medians of the design grid."""
 
 SCORES: dict[str, tuple[str, Callable[[Point], float]]] = {
     "probe": ("probe: eight virtual steps", lambda p: p["risk"]),

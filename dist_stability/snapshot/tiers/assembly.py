@@ -12,9 +12,8 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 import torch
 import torch.distributed as dist
 
-from ..catalogue import Box
+from ..catalogue import Box, Wanted
 from .courier import Channel
-from .dcp import Wanted
 from .record import Unusable
 
 CHUNK = 64 << 20

@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..arena import Arena
-from ..catalogue import Catalogue
+from ..catalogue import Catalogue, Wanted
 from . import record
 from .form import At
 from .manifest import NAME, Manifest, attempts, file_digest, read_manifest, surplus, write_manifest
@@ -38,7 +38,6 @@ from .tier import Delivery, Found, Listing, Whole
 
 if TYPE_CHECKING:
     from .courier import Channel
-    from .dcp import Wanted
 
 _METADATA = ".metadata"
 _PARTIAL = re.compile(r"\.attempt-.*\.(?P<owner>p\d.+)\.partial")
@@ -112,7 +111,7 @@ class _Stored:
         Raises:
             Unusable: A part cannot be read.
         """
-        from .dcp import Reading, Wanted
+        from .dcp import Reading
 
         # What this rank wrote; of the little that it takes from files of others, its own digests tell.
         own = [name for name in self.manifest.files if name in (_METADATA, self.state) or _place_of(name) == self.place]

@@ -15,7 +15,6 @@ import pickle
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -39,7 +38,7 @@ from torch.distributed.checkpoint.planner import (
     WriteItemType,
 )
 
-from ..catalogue import Box, Catalogue
+from ..catalogue import Box, Catalogue, Wanted
 from .manifest import DIGEST
 from .record import Unusable
 
@@ -223,23 +222,6 @@ class _Summed(io.RawIOBase):
 
 
 # ---------------------------------------------------------------------- reading
-
-
-@dataclass(frozen=True, slots=True)
-class Wanted:
-    """A part of a whole tensor that is to be read.
-
-    Attributes:
-        key: Of the whole tensor.
-        shape: Of it.
-        offsets: Of the part.
-        target: Filled with it, in place: a plain tensor of the part's shape.
-    """
-
-    key: str
-    shape: tuple[int, ...]
-    offsets: tuple[int, ...]
-    target: torch.Tensor
 
 
 class Reading:

@@ -19,12 +19,12 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
 from ..arena import Arena, FoundArena
-from ..catalogue import Box
+from ..catalogue import Box, Wanted
 from . import record
 from .assembly import Assembly, spread
 from .copies import Copies, check, seal
@@ -34,9 +34,6 @@ from .parcels import Parcel, send
 from .record import Head, Unusable, loads
 from .shared_memory import Record, Shelf
 from .tier import Delivery, Found, Key, Listing
-
-if TYPE_CHECKING:
-    from .dcp import Wanted
 
 
 @dataclass(frozen=True)

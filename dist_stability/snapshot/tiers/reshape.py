@@ -14,9 +14,8 @@ from torch import nn
 from torch.optim import Optimizer
 
 from ... import parallel
-from ..catalogue import Catalogue
+from ..catalogue import Catalogue, Wanted
 from ..plan import StatePlan
-from .dcp import Wanted
 from .form import At, Rebuilt, Tree
 from .record import Unusable
 

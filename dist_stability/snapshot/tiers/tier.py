@@ -11,12 +11,12 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
 from ..arena import Arena, FoundArena
+from ..catalogue import Wanted
 from ..slot import Slot
 from .record import Head
 
 if TYPE_CHECKING:
     from .courier import Channel
-    from .dcp import Wanted
 
 Key = tuple[int, int, int]
 """What is equal on all ranks for one moment: (attempts made, commit, history)."""
