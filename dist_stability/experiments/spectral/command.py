@@ -124,8 +124,8 @@ def experiment_kss(out: Path, *, workers: int = 1, quick: bool = False) -> int:
         for arm, found in arms.items()
     ]
     note = (
-        "No normalization, learning rates 0.010 to 0.020; p is of the exact two-sided test, not corrected. By loss: the "
-        "loss alone went over its limit; the gradient norm, before clipping, has the penalty's gradient in it."
+        "No normalization, learning rates 0.010 to 0.020; p is of the exact two-sided test, not corrected. By loss: "
+        "the loss went over its limit, not only the gradient norm, which has the penalty's gradient in it."
     )
     summary = {"experiment": "kss", "quick": quick, "arms": arms, "versions": versions()}
     return _write(
