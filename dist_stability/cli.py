@@ -92,6 +92,11 @@ def _spectral(options: argparse.Namespace) -> int:
 
     out = options.out or Path("out") / f"experiment-{options.name}"
     try:
+        given = [name for name in ("seeds", "arms", "tasks", "data") if getattr(options, name) is not None]
+        if options.name == "kss" and options.parts is not None:
+            given.append("parts")
+        if given:
+            raise ValueError(f"--{given[0]}: does not go with {options.name}, whose grid is fixed in code")
         if options.name == "kss":
             return experiment_kss(out, workers=options.workers, quick=options.quick)
         return experiment_rksp(out, parts=options.parts, workers=options.workers, quick=options.quick)
@@ -102,6 +107,8 @@ def _spectral(options: argparse.Namespace) -> int:
 def _experiment(options: argparse.Namespace) -> int:
     if options.name in ("rksp", "kss"):
         return _spectral(options)
+    if options.parts is not None:
+        return _failed(ValueError(f"--parts: goes with rksp, not with {options.name}"))
     from dist_stability.experiments.paper.command import experiment
     from dist_stability.report.extras import MissingExtra, import_extra
 

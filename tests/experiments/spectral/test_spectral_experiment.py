@@ -157,3 +157,6 @@ def test_the_commands(tmp_path: Path, capsys: Any) -> None:
     assert arms["kss-local-0.15"]["runs"] == 4 and arms["none"]["fisher"] == 1.0
     assert main(["experiment", "rksp", "--parts", "nothing", "--out", str(tmp_path)]) == 1
     assert "unknown nothing" in capsys.readouterr().err
+    for words in (["kss", "--parts", "paper"], ["rksp", "--seeds", "3"], ["text", "--parts", "paper"]):
+        assert main(["experiment", *words, "--out", str(tmp_path / "no")]) == 1
+        assert f"error: {words[1]}" in capsys.readouterr().err and not (tmp_path / "no").exists()
