@@ -222,7 +222,10 @@ FIXED = {
 }
 
 
-@pytest.mark.parametrize("name", list(FIXED))
+LONG = ("terminated in backward", "exception in a copy", "left in a copy", "stopped in forward", "both, in a seal")
+
+
+@pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.slow if n in LONG else ()) for n in FIXED])
 def test_a_death_costs_no_more_than_is_promised(name: str, tmp_path: Path) -> None:
     check(FIXED[name], tmp_path)
 

@@ -121,7 +121,10 @@ MOMENTS = {
 }
 
 
-@pytest.mark.parametrize("moment", list(MOMENTS))
+LONG = ("before anything", "after a vote")
+
+
+@pytest.mark.parametrize("moment", [pytest.param(n, marks=pytest.mark.slow if n in LONG else ()) for n in MOMENTS])
 def test_told_to_stop_and_back_bit_for_bit(start: Start, whole: Whole, tmp_path: Path, moment: str) -> None:
     parallel, decision, rings, gone_on = MOMENTS[moment]
     mode = ("--parallel", parallel, *(("--decision", decision) if decision == "deferred" else ()))
@@ -133,7 +136,7 @@ def test_told_to_stop_and_back_bit_for_bit(start: Start, whole: Whole, tmp_path:
     assert_equal(whole(*mode), tmp_path / "cut")
 
 
-@pytest.mark.parametrize("decision", ["immediate", "deferred"])
+@pytest.mark.parametrize("decision", ["immediate", pytest.param("deferred", marks=pytest.mark.slow)])
 def test_told_to_stop_and_back_on_other_hosts(start: Start, whole: Whole, tmp_path: Path, decision: str) -> None:
     """No checkpoint was due, but one is written and waited for: where shared memory is lost, nothing else is."""
     mode = ("--parallel", "fsdp2", *(("--decision", decision) if decision == "deferred" else ()))
