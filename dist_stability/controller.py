@@ -1,11 +1,11 @@
 """The guarded step: propose, measure, vote, then commit or restore.
 
-One attempt runs like this on every rank (* marks what involves the other ranks)::
+Here is what a loop calls. One attempt runs like this on every rank (* marks what involves the other ranks)::
 
     first training forward          RNG and buffers are copied                                        (recovery.py)
     entry of step()                 per-group values, schedulers, GradScaler, extra_state are copied
                                     guards look at the gradients, *vote on a veto                     (veto.py)
-    optimizer.step()                the proposal
+    optimizer.step()                the proposal                                                      (guarded_step.py)
     after it                        *probe, *vote, the rule judges                                    (judging.py)
                                     commit: parameters and optimizer state are copied                 (settlement.py)
                                     refusal: *everything above is restored, in place, and the ladder
@@ -22,9 +22,6 @@ and both end in an error that names the rank.
 
 from __future__ import annotations
 
-import contextlib
-import hashlib
-import math
 import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -37,31 +34,30 @@ from torch import nn
 from torch.optim import Optimizer
 
 from . import parallel
-from .attempt import Attempt, Decision, PhaseListener, Phases, event_of, one_line
+from .attempt import PhaseListener, Phases
 from .cadence import Cadence, FixedCadence
 from .collapse import StepCollapse
-from .errors import LockstepError, StabilityError, StabilityStop
+from .errors import LockstepError
 from .escalation import Ladder
+from .guarded_step import GuardedStep
 from .guards import Guard
 from .hooks import FirstForward, OptimizerHooks
-from .judging import Judging, Question
-from .learning_rate import RateCut, announced
+from .learning_rate import RateCut
 from .ledger import Ledger
 from .measured_cadence import MeasuredCadence
 from .measuring import Measuring
-from .persistence import Between, Persistence, Setting
+from .parts import Parts
+from .persistence import Persistence, Setting
 from .recovery import Recovery
 from .replay import Replay
 from .resume import Resumed
-from .rules import Guarantees, PredictiveInnovation, Rule, settings_of
+from .rules import Guarantees, PredictiveInnovation, Rule
 from .rules.panel import Panel, Trend
 from .rules.trend import SlowDivergence
-from .rungs import Escalation, Rung
-from .settlement import Outcome, Settlement
-from .signals import Gradients, JudgedPeriod, LossProbe, Monitor, Signal, SignalValues, StepContext, host_values
-from .startup import agree_on_replicas, agree_on_settings, make_vote, world_of
+from .rungs import Escalation
+from .signals import JudgedPeriod, LossProbe, Monitor, Signal
+from .startup import agree_on_settings, make_vote, world_of
 from .validation import (
-    check_not_fused_into_backward,
     check_optimizers,
     check_parts,
     check_persist,
@@ -69,8 +65,6 @@ from .validation import (
     check_settings,
 )
 from .verdict import Action, Verdict
-from .veto import VetoStage
-from .vote import bits
 from .watch import is_transport_error
 from .window import BatchWindow
 
@@ -172,7 +166,7 @@ class StabilityController:
         rule = PredictiveInnovation() if rule is None else rule
         trend = SlowDivergence() if trend is _DEFAULT_TREND else trend
         optimizers = check_optimizers(optimizer)
-        guards, self._extra_state = check_parts(
+        guards, extra_state = check_parts(
             model, probe, rule, guards, extra_state, confirm, trend, reload, asked_to_stop
         )
         check_settings(
@@ -180,94 +174,81 @@ class StabilityController:
         )
         kept_in = check_persist(persist, mode)
         self.model, self.rule, self.mode, self.decision = model, rule, mode, decision
-        self._deferred = decision == "deferred"
         self.cadence = _cadence(every)
-        self._enforced = mode == "enforce"
-        self._optimizers = optimizers
-        self._timeout, self._probe_on, self._replica_check_every = float(timeout), probe_on, replica_check_every
-        self._shadow = shadow
-        self._split = replica_check_every > 0 if split_replicas is None else split_replicas
-        self._on_event = on_event
-        self._ladder = Ladder(escalation)
+        self._deferred, self._enforced = decision == "deferred", mode == "enforce"
+        self._optimizers, self._extra_state = optimizers, extra_state
+        self._hooks: OptimizerHooks | None = None
+        self._replayed: Mapping[str, Any] | None = None
+        self._closed = False
+        split = replica_check_every > 0 if split_replicas is None else split_replicas
         clock = (JudgedPeriod(),) if isinstance(self.cadence, MeasuredCadence) else ()
-        self._monitor = Monitor((*signals, *clock))
-        self._panel = Panel(rule, confirm is not None, trend, StepCollapse())
-        self._guarantees = Guarantees()
-        self._ledger = Ledger()
-        self._phases = Phases(None)
-        self._anchors, self._reloadable = anchors, reload is not None
-        kept = anchors if self._panel.supports_deep else 0
-        world = len(world_of(process_group))
-        shadows = (2 if self._deferred else 1) if shadow and self._enforced else 0
-        self._persistence = Persistence(kept_in, self._extra_state, process_group) if kept_in else None
+        panel, ladder = Panel(rule, confirm is not None, trend, StepCollapse()), Ladder(escalation)
+        monitor, rates = Monitor((*signals, *clock)), RateCut(optimizers)
+        phases = Phases(None)
+        self._persistence = Persistence(kept_in, extra_state, process_group) if kept_in else None
         self._recovery = Recovery(
             model,
             optimizers,
-            self._extra_state,
-            world,
-            kept,
-            self._phases,
-            self._split,
-            shadows,
+            extra_state,
+            len(world_of(process_group)),
+            anchors if panel.supports_deep else 0,
+            phases,
+            split,
+            (2 if self._deferred else 1) if shadow and self._enforced else 0,
             source=None if self._persistence is None else self._persistence.memory,
             spare=0 if self._persistence is None else self._persistence.slots + self._deferred,
         )
         if self._persistence is not None:
-            self._persistence.join(model, optimizers, self._recovery, self._phases)
-        self._measuring = Measuring(model, probe, probe_on, confirm)
-        self._rates = RateCut(optimizers)
-        self._said_rate: float | None = None
-
-        self._open: Attempt | None = None
-        self._pending: Question | None = None
-        self._dropped: Verdict | None = None
-        self._verdict: Verdict | None = None
-        self._scaler: Any = None
-        self._hooks: OptimizerHooks | None = None
-        self._withheld: list[tuple[torch.Tensor, torch.Tensor | None]] = []
-        self._replay: Replay | None = None
-        self._replayed: Mapping[str, Any] | None = None
-        self._closed = False
+            self._persistence.join(model, optimizers, self._recovery, phases)
+        measuring = Measuring(model, probe, probe_on, confirm)
 
         # From here on other ranks are involved.
         device = parallel.local(optimizers[0].param_groups[0]["params"][0]).device
-        self._vote, self._phases.watch = make_vote(process_group, device, self._timeout)
+        self._vote, phases.watch = make_vote(process_group, device, float(timeout))
         self._vote.asked_to_stop = asked_to_stop
-        self._veto = VetoStage(guards, optimizers, self._vote, self._phases)
         # In observe mode nothing is ever restored, so nothing needs to be captured.
         heard = (model, parallel.forward_module(model)) if self._enforced else ()
         self._first_forward = FirstForward(heard, self._capture_forward)
-        self._measuring.join(self._vote, self._phases, self._first_forward)
-        self._judging = Judging(
-            self._measuring,
-            self._panel,
-            self._ladder,
-            self._veto,
-            self._recovery,
-            self._vote,
-            self._phases,
-            self._monitor,
-            self._enforced,
+        measuring.join(self._vote, phases, self._first_forward)
+        self._ledger = Ledger()
+        self._parts = Parts(
+            enforced=self._enforced,
+            optimizers=optimizers,
+            extra_state=extra_state,
+            cadence=self.cadence,
+            guards=guards,
+            measuring=measuring,
+            panel=panel,
+            ladder=ladder,
+            guarantees=Guarantees(),
+            monitor=monitor,
+            rates=rates,
+            ledger=self._ledger,
+            recovery=self._recovery,
+            persistence=self._persistence,
+            phases=phases,
+            vote=self._vote,
+            first_forward=self._first_forward,
         )
-        self._settlement = Settlement(
-            self._recovery,
-            self._judging,
-            self._panel,
-            self._ladder,
-            self._guarantees,
-            self._ledger,
-            self._veto,
-            self._vote,
-            replica_check_every > 0,
-            reload,
-            self._identify_batch,
-        )
+        self._attempts = GuardedStep(self._parts, self._deferred, replica_check_every, reload, on_event)
+        settings = {
+            **self._parts.settings(),
+            "mode": mode,
+            "decision": decision,
+            "probe_on": probe_on,
+            "timeout": float(timeout),
+            "replica_check_every": replica_check_every,
+            "anchors": anchors,
+            "split_replicas": split,
+            "shadow": shadow,
+            "reload": reload is not None,
+        }
         try:
-            with self._noted():
-                agree_on_settings(self._vote, self._settings())
+            with self._parts.noted():
+                agree_on_settings(self._vote, settings)
                 if self._persistence is not None:
                     self._persistence.connect(self._vote)
-                self._start()
+                self._attempts.start()
         except BaseException:
             if self._persistence is not None:
                 self._persistence.stop(wait=False)
@@ -312,16 +293,14 @@ class StabilityController:
             raise RuntimeError(
                 "step(): this controller is attached; the loop's own optimizer.step() is the guarded one"
             )
-        with self._noted():
+        if self._closed:
+            raise RuntimeError("step(): the controller is closed")
+        with self._parts.noted():
             if closure is not None:
                 with torch.enable_grad():
                     returned = closure()
                 loss = returned if loss is None else loss
-            if (refusal := self._settle_pending()) is not None:
-                return refusal
-            attempt = self._open_attempt(grad_norm, scaler, loss)
-            self._propose(attempt)
-            return self._close_attempt()
+            return self._attempts.step(grad_norm, scaler, loss)
 
     def attach(self) -> StabilityController:
         """Guard a loop that calls ``optimizer.step()`` itself, through the optimizers' step hooks.
@@ -333,13 +312,15 @@ class StabilityController:
         if self._closed:
             raise RuntimeError("attach(): the controller is closed")
         if self._hooks is None:
-            self._hooks = OptimizerHooks(self._optimizers, self._extra_state, self._hooked_open, self._hooked_close)
+            self._hooks = OptimizerHooks(
+                self._optimizers, self._extra_state, self._attempts.before_hooked, self._attempts.after_hooked
+            )
         return self
 
     @property
     def verdict(self) -> Verdict | None:
         """The last verdict."""
-        return self._verdict
+        return self._attempts.verdict
 
     @property
     def stopping(self) -> bool:
@@ -369,19 +350,21 @@ class StabilityController:
             LockstepError, StabilityStop: See :meth:`step`.
         """
         verdict = self._finish_pending()
-        self._seal_between()
+        if not self._closed:
+            self._attempts.seal_between()
         return verdict
 
     def _finish_pending(self) -> Verdict | None:
-        if self._pending is None:
+        pending = self._attempts.pending
+        if pending is None:
             return None
         if self._first_forward.captured:
             raise RuntimeError(
-                f"the verdict of attempt {self._pending.attempt.index} is pending and the next forward has begun, "
+                f"the verdict of attempt {pending.attempt.index} is pending and the next forward has begun, "
                 f"whose gradients a refusal would make worthless: call finish() (or state_dict()) right after step()"
             )
-        with self._noted():
-            return self._settle_pending(last=True)
+        with self._parts.noted():
+            return self._attempts.settle_pending(last=True)
 
     def leave(self) -> Verdict | None:
         """:meth:`finish`, for a process that ends to come back: also what ``persist`` has beside memory gets the state.
@@ -398,19 +381,6 @@ class StabilityController:
         if self._persistence is None:
             return self.finish()
         return self._persistence.leave(self.finish)
-
-    def _seal_between(self) -> None:
-        """Seal the safe state between two steps, if it is what stands and this process has made it."""
-        begun = self._first_forward.captured
-        stands = not (begun or self._ledger.pending or self._recovery.stale or self._closed)
-        if self._persistence is not None and stands and self._verdict is not None:
-            unfetched = self._replay is not None and self._replay.queue.current is None
-            self._seal(Between(self._scaler, unfetched))
-
-    def _seal(self, between: Between | None = None) -> None:
-        assert self._persistence is not None
-        seen = None if self._replay is None else self._replay.export()
-        self._persistence.seal(self._ledger.attempt, self._ledger.history, self._memory(), seen, between)
 
     def resume(self, scaler: torch.amp.GradScaler | None = None) -> Resumed:
         """Go on from where an earlier process of this job stopped, if it died. Needs ``persist``.
@@ -437,7 +407,7 @@ class StabilityController:
             raise RuntimeError("resume(): nothing was kept; give the controller persist= in every start")
         if self._closed or self._ledger.attempt or self._first_forward.captured:
             raise RuntimeError("resume(): call it right after construction, before the first training forward")
-        with self._noted():
+        with self._parts.noted():
             return self._persistence.resume(self._continue, check_scaler(scaler))
 
     def add_phase_listener(self, listener: PhaseListener) -> None:
@@ -447,7 +417,7 @@ class StabilityController:
         parts of what ``persist`` writes. What a listener raises stops the job like any error; in "delivery" it is an
         error of that delivery.
         """
-        self._phases.listeners.append(listener)
+        self._parts.phases.listeners.append(listener)
 
     def close(self) -> None:
         """Remove every hook, stop the background thread, give the process group back. Enters no collective. Idempotent.
@@ -463,8 +433,9 @@ class StabilityController:
         if self._closed:
             return
         self._closed = True
-        if self._pending is not None:
-            index, self._pending = self._pending.attempt.index, None
+        pending, self._attempts.pending = self._attempts.pending, None
+        if pending is not None:
+            index = pending.attempt.index
             warnings.warn(f"close(): nobody read the verdict of attempt {index}; call finish() first", stacklevel=2)
         if self._hooks is not None:
             self._hooks.close()
@@ -487,18 +458,18 @@ class StabilityController:
     ) -> None:
         lost = None
         if isinstance(error, Exception) and not isinstance(error, LockstepError):
-            if self._phases.watch is not None and is_transport_error(error):
+            if self._parts.phases.watch is not None and is_transport_error(error):
                 # A collective of the loop's own lost its peers; it names nobody, the watch does.
                 lost = self._vote.lost(self._ledger.attempt, error)
             else:
-                self._note(error)
+                self._parts.note(error)
         if error is None:
             try:
-                with self._noted():
-                    self._settle_pending(last=True)
+                with self._parts.noted():
+                    self._attempts.settle_pending(last=True)
             finally:
                 self.close()
-        self._pending = None  # an exception: the other ranks may be anywhere
+        self._attempts.pending = None  # an exception: the other ranks may be anywhere
         self._close(failed=error is not None)
         if lost is not None:
             raise lost from error
@@ -523,16 +494,18 @@ class StabilityController:
         """
         if not self._enforced:
             return iter(loader)
-        if self._replay is None:
+        replay = self._attempts.replay
+        if replay is None:
             finish = self.finish if self._deferred else None
-            self._replay = Replay(BatchWindow(max_bytes), self.cadence.most, finish, self._persistence is not None)
-            self._replay.load(self._replayed)
-        elif self._replay.window.max_bytes != max_bytes:
+            replay = Replay(BatchWindow(max_bytes), self.cadence.most, finish, self._persistence is not None)
+            replay.load(self._replayed)
+            self._attempts.replay = replay
+        elif replay.window.max_bytes != max_bytes:
             raise ValueError(
                 f"batches(max_bytes={max_bytes}): an earlier loop of this controller was given "
-                f"{self._replay.window.max_bytes}, and its batches may be kept still; give every loop the same"
+                f"{replay.window.max_bytes}, and its batches may be kept still; give every loop the same"
             )
-        return self._replay.batches(loader, accumulate)
+        return replay.batches(loader, accumulate)
 
     def announce(self, learning_rate: float | None) -> None:
         """Vouch for a learning rate that the loop sets by itself, without a scheduler in ``extra_state``.
@@ -540,7 +513,7 @@ class StabilityController:
         A jump of the learning rate moves the probe, and one that was announced is no fault. Call it on every rank
         before ``step()``, with the largest learning rate over the groups; it holds until the next call.
         """
-        self._said_rate = None if learning_rate is None else float(learning_rate)
+        self._attempts.said_rate = None if learning_rate is None else float(learning_rate)
 
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint keeps beside model and optimizer: counters, the memory of rule and guards, budgets.
@@ -555,18 +528,7 @@ class StabilityController:
                 f"model before this call is the refused state. Call finish() before saving anything.",
                 stacklevel=2,
             )
-        return self._memory()
-
-    def _memory(self) -> dict[str, Any]:
-        return {
-            **self._ledger.state_dict(),
-            "panel": self._panel.state_dict(),
-            "guards": [guard.state_dict() for guard in self._veto.guards],
-            "ladder": self._ladder.state_dict(),
-            "cadence": self.cadence.state_dict(),
-            "signals": self._monitor.state_dict(),
-            "guarantees": self._guarantees.state_dict(),
-        }
+        return self._parts.state_dict()
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from a checkpoint. Load model, optimizer and schedulers too, before the next training forward.
@@ -574,7 +536,7 @@ class StabilityController:
         What they hold at that forward becomes the committed state; anchors start anew. A verdict that is pending is
         given up: what it is about is no longer there.
         """
-        question, self._pending = self._pending, None
+        question, self._attempts.pending = self._attempts.pending, None
         if question is not None:
             self._vote.finish(question.reduction, question.attempt.index)
             self._recovery.drop()
@@ -587,403 +549,16 @@ class StabilityController:
         self._take_memory(memory)
         self._ledger.loaded = hash(key)
         self._replayed = replay
-        if self._replay is not None:
-            self._replay.load(replay)
+        if self._attempts.replay is not None:
+            self._attempts.replay.load(replay)
 
     def _take_memory(self, state: Mapping[str, Any]) -> None:
-        guards = self._veto.guards
-        if len(state["guards"]) != len(guards):
-            raise ValueError(f"guards: the checkpoint has {len(state['guards'])}, this controller {len(guards)}")
-        self._panel.load_state_dict(state["panel"])
-        for guard, saved in zip(guards, state["guards"], strict=True):
-            guard.load_state_dict(saved)
-        self._ladder.load_state_dict(state["ladder"])
-        self.cadence.load_state_dict(state["cadence"])
-        self._monitor.load_state_dict(state["signals"])
-        self._guarantees.load_state_dict(state["guarantees"])
-        self._ledger.load_state_dict(state)
-        self._phases.attempt = self._ledger.attempt
-        if self._replay is not None:
-            self._replay.forget()
-
-    # ------------------------------------------------------------------ construction
-
-    def _settings(self) -> dict[str, Any]:
-        probes = [probe.describe() for probe in (self._measuring.probe, self._measuring.confirm) if probe is not None]
-        return {
-            "every": self.cadence.settings(),
-            "mode": self.mode,
-            "decision": self.decision,
-            "probe_on": self._probe_on,
-            "timeout": self._timeout,
-            "replica_check_every": self._replica_check_every,
-            "escalation": str(self._ladder.settings),
-            "anchors": self._anchors,
-            "split_replicas": self._split,
-            "shadow": self._shadow,
-            "persist": [] if self._persistence is None else self._persistence.described(),
-            "reload": self._reloadable,
-            **self._panel.settings(),
-            "guards": [settings_of(guard) for guard in self._veto.guards],
-            "probe": probes,
-            "signals": self._monitor.settings(),
-            "extra_state": sorted(self._extra_state),
-            "model and optimizer": self._recovery.plan.signature,
-        }
-
-    def _start(self) -> None:
-        """Measure y(theta_0), check that replicas start equal, and take the first snapshot."""
-        plan = self._recovery.plan
-        compare = self._replica_check_every > 0
-        if compare:
-            self._vote.replica_groups = agree_on_replicas(self._vote, plan.residences)
-        tally, second = self._judging.start(plan, compare)
-        if tally.split_replicas:
-            raise LockstepError(
-                f"ranks {tally.split_replicas} should hold the same weights and optimizer state, but their bits differ "
-                f"from the start: wrap the model in DDP or broadcast it; or, if they differ on purpose, set "
-                f"replica_check_every=0",
-                ranks=sorted({rank for ranks in tally.split_replicas for rank in ranks}),
-            )
-        for name, value in (("probe", tally.measurement), ("second probe", second)):
-            if value is not None and not math.isfinite(value):
-                raise StabilityError(
-                    f"the {name} measures {value} on the initial weights, so there is nothing to compare a proposal "
-                    f"with: check loss_fn, the probe batches and the initialization"
-                )
-        self._guarantees.committed(tally.measurement)
-        self._panel.start(tally.measurement, second)
-        if self._enforced:
-            self._recovery.commit(plan, -1, tally.measurement)
-        if self._persistence is not None:
-            self._persistence.mark()
-        self._phases.enter("training")
-
-    # ------------------------------------------------------------------ one attempt
+        self._parts.load_state_dict(state)
+        if self._attempts.replay is not None:
+            self._attempts.replay.forget()
 
     def _capture_forward(self) -> None:
         self._recovery.capture_forward(self._ledger.attempt, bool(self._ledger.pending))
-
-    def _await_forward(self) -> None:
-        """The attempt is over, and the loop goes on to fetch what comes next."""
-        self._first_forward.arm()
-        if self._persistence is not None:
-            self._persistence.mark()
-
-    def _open_attempt(self, grad_norm: Any = None, scaler: Any = None, loss: Any = None) -> Attempt:
-        """Everything before the optimizer runs."""
-        index = self._ledger.attempt
-        if self._closed:
-            raise RuntimeError("step(): the controller is closed")
-        if self._open is not None:
-            raise RuntimeError(f"attempt {self._open.index} is still open: an optimizer step did not complete")
-        check_not_fused_into_backward(self._optimizers)
-        if self._enforced and not self._first_forward.captured:
-            raise StabilityError(
-                f"attempt {index}: no training forward of the model was seen since the last verdict, so RNG "
-                f"and buffers could not be restored. Call the model that the controller was given (not a method of it, "
-                f"nor a copy), or give the controller the module that you call."
-            )
-        self._scaler = scaler = check_scaler(scaler)
-        self._phases.enter("gradients")
-        gradients = Gradients(self._recovery.plan.parameters, grad_norm)
-        judged = self.cadence.judged(index) or (self._replay is not None and self._replay.queue.must_judge)
-        attempt = Attempt(index, judged, gradients, self._agreement(gradients, judged), scaler)
-        self._look_at_rates(attempt)
-        if self._enforced:
-            self._recovery.capture_entry(scaler, bool(self._ledger.pending))
-            if self._persistence is not None and not self._ledger.pending:
-                self._seal()
-        with attempt.timed("guards"):
-            self._veto.look(attempt)
-            if self._enforced:
-                deferred, pending = self._deferred and judged, bool(self._ledger.pending)
-                # A late "no" takes back the unjudged attempts before, too; then it is better to know in time.
-                self._veto.agree(attempt, later=deferred and not pending, now=deferred and pending)
-            else:
-                attempt.vetoed = False
-        self._recovery.before_step()
-        self._open = attempt
-        self._phases.enter("step")
-        if not attempt.vetoed:
-            self._rates.apply(attempt.rate_factor)
-        context = StepContext(gradients, self._optimizers, loss, scaler)
-        if judged:
-            attempt.context = context
-            with attempt.timed("signals"):
-                self._monitor.before_step(context)
-        else:
-            attempt.signals = SignalValues(host_values(context))
-        return attempt
-
-    def _look_at_rates(self, attempt: Attempt) -> None:
-        attempt.rate_factor = self._ladder.learning_rate_factor if self._enforced else 1.0
-        rate = self._said_rate
-        if rate is None:
-            rate = announced(self._optimizers, self._extra_state.values())
-        attempt.learning_rate = None if rate is None else rate * attempt.rate_factor
-
-    def _propose(self, attempt: Attempt) -> None:
-        """Step the optimizers, unless the host knows of a veto."""
-        if attempt.vetoed:
-            return
-        with attempt.timed("step"):
-            try:
-                for optimizer in self._optimizers:
-                    if attempt.scaler is not None:
-                        attempt.scaler.step(optimizer)
-                    else:
-                        optimizer.step()
-            except Exception as error:
-                # Judged, it is a vote: the other ranks have stepped, and all go back together.
-                if not attempt.judged or not self._enforced:
-                    self._rates.undo()
-                    self._open = None
-                    raise
-                attempt.step_error = error
-
-    def _close_attempt(self) -> Verdict:
-        """Everything after the optimizers ran: decide, then do it."""
-        attempt = self._open
-        if attempt is None:
-            raise RuntimeError("an optimizer step ended that never began: was the controller attached inside a step?")
-        self._open = None
-        if attempt.context is not None and not attempt.vetoed:
-            with attempt.timed("signals"):
-                self._monitor.after_step(attempt.context)
-        self._rates.undo()
-        self._veto.stepped()
-        if self._deferred and attempt.judged and not attempt.vetoed and not attempt.overflow:
-            return self._defer(attempt)
-        decision = self._decide(attempt)
-        outcome = self._settle(attempt, decision)
-        # After a refusal the scaler is as it was before; a shorter step is taken from that state, too.
-        if attempt.scaler is not None and outcome.action in (Action.COMMIT, Action.UNJUDGED, Action.SCALER_SKIP):
-            attempt.scaler.update()
-        return self._finish(attempt, decision, outcome)
-
-    def _defer(self, attempt: Attempt) -> Verdict:
-        """Begin the vote and the copy of the proposal; the next step reads the verdict."""
-        self._phases.enter("after step")
-        self._ledger.judged += 1
-        self._pending = self._judging.ask(attempt, len(self._ledger.pending) + 1, self._compares_replicas())
-        if self._enforced:
-            assert attempt.plan is not None
-            with attempt.timed("copy"):
-                self._recovery.hold(attempt.plan, attempt.index, attempt.digests)
-        if attempt.scaler is not None:
-            attempt.scaler.update()
-        attempt.defer()
-        self._ledger.provisional()
-        verdict = Verdict(Action.COMMIT, attempt.index, final=False, reason="provisional: read at the next step")
-        self._verdict = verdict
-        self._await_forward()
-        self._phases.enter("done")
-        if self._replay is not None:
-            self._replay.settle(verdict)
-        self._phases.attempt = self._ledger.attempt
-        self._phases.enter("training")
-        return verdict
-
-    def _settle_pending(self, last: bool = False) -> Verdict | None:
-        """Read the verdict of the attempt before, if it is pending.
-
-        Args:
-            last: No attempt has begun since: settle that one as itself. Otherwise a refusal is the verdict of the
-                present attempt, whose gradients came from refused weights.
-
-        Returns:
-            The verdict, if it is of the last attempt or takes the place of the present one; else None.
-        """
-        question, self._pending = self._pending, None
-        if question is None:
-            return None
-        attempt = question.attempt
-        decision = self._judging.answer(question)
-        replaces = not last and decision.action.refused and self._enforced
-        if replaces:
-            # One event for each attempt: this one was accepted as far as the loop knows.
-            self._tell(attempt, Verdict(Action.COMMIT, attempt.index, final=False), Decision(Action.COMMIT))
-        else:
-            self._ledger.withdraw()
-        outcome = self._settle(attempt, decision)
-        verdict = self._finish(attempt, decision, outcome, begun=not last and not replaces)
-        if replaces:
-            # To a cadence the present attempt is one more that does not stand.
-            self.cadence.record(attempt=verdict.step, judged=False, accepted=False)
-        return verdict if last or replaces else None
-
-    def _settle(self, attempt: Attempt, decision: Decision) -> Outcome:
-        return (self._settlement.settle if self._enforced else self._settlement.observe)(attempt, decision)
-
-    def _decide(self, attempt: Attempt) -> Decision:
-        if attempt.overflow:
-            return self._look_behind(attempt)
-        if attempt.vetoed and not attempt.judged:
-            return self._veto.explain(attempt)
-        self._phases.enter("after step")
-        if not attempt.judged:
-            return self._judging.unjudged(attempt)
-        return self._judge(attempt, len(self._ledger.pending) + 1)
-
-    def _judge(self, attempt: Attempt, steps: int) -> Decision:
-        self._ledger.judged += 1
-        return self._judging.judge(attempt, steps, self._compares_replicas())
-
-    def _look_behind(self, attempt: Attempt) -> Decision:
-        """An overflow: no step was taken. But unjudged ones before it may be its cause, and then would never be judged.
-
-        Weights that are not finite make every later gradient overflow, and the scaler would skip for ever.
-        """
-        skipped = Decision(Action.SCALER_SKIP, "scaler", "the scaled gradients overflowed")
-        if not (attempt.judged and self._ledger.pending and self._enforced):
-            return skipped
-        self._phases.enter("after step")
-        decision = self._judge(attempt, len(self._ledger.pending))
-        return decision if decision.action.refused else skipped
-
-    def _finish(self, attempt: Attempt, decision: Decision, outcome: Outcome, begun: bool = False) -> Verdict:
-        """Remember the attempt, and tell whoever listens.
-
-        Args:
-            attempt: What is settled.
-            decision: What was decided.
-            outcome: What was done.
-            begun: The next attempt has begun already: its forward was captured.
-        """
-        judgement = outcome.judgement
-        verdict = Verdict(
-            action=outcome.action,
-            step=self._ledger.attempt,
-            undone=outcome.undone,
-            would=None if self._enforced else decision.action,
-            signal=decision.signal,
-            measurement=outcome.measurement,
-            innovation=None if judgement is None else judgement.innovation,
-            bound=None if judgement is None else judgement.bound,
-            reason=outcome.reason,
-            rung=outcome.rung,
-            pattern=outcome.pattern,
-            warning=outcome.warning,
-        )
-        self._verdict = verdict
-        if not begun:
-            self._await_forward()
-            self._phases.enter("done")
-        chosen = self._record_cadence(attempt, verdict, decision)
-        if self._replay is not None and attempt.provisional:
-            self._replay.settle_late(verdict, attempt.index)
-        elif self._replay is not None:
-            self._replay.settle(verdict)
-        self._tell(attempt, verdict, decision, chosen)
-        self._ledger.close(verdict, attempt.norm)
-        if not begun:
-            self._phases.attempt = self._ledger.attempt
-            self._phases.enter("training")
-        if verdict.rung == Rung.STOP:
-            self._stop(verdict)
-        return verdict
-
-    def _tell(self, attempt: Attempt, verdict: Verdict, decision: Decision, cadence: str | None = None) -> None:
-        if self._on_event is not None:
-            self._on_event({**event_of(attempt, verdict, decision, self._ledger.steps), "cadence": cadence})
-
-    def _record_cadence(self, attempt: Attempt, verdict: Verdict, decision: Decision) -> str | None:
-        innovation, bound, fraction = verdict.innovation, verdict.bound, None
-        if innovation is not None and bound is not None and math.isfinite(innovation) and 0 < bound < math.inf:
-            fraction = innovation / bound
-        return self.cadence.record(
-            attempt=attempt.index,
-            judged=attempt.judged,
-            accepted=verdict.accepted,
-            fraction=fraction,
-            evidence=0.0 if decision.judgement is None else decision.judgement.evidence,
-            learning_rate=attempt.learning_rate,
-            seconds=attempt.signals.values.get(JudgedPeriod.name),
-        )
-
-    def _stop(self, verdict: Verdict) -> None:
-        report = self._ladder.report()
-        tried = ", ".join(f"{rung} x{count}" for rung, count in report["tried"].items())
-        raise StabilityStop(
-            f"stopped at attempt {verdict.step}: {report['refusals_in_a_row']} refusals in a row, "
-            f"{report['refusals_in_window']} in the last {self._ladder.settings.window} attempts; tried {tried}. The "
-            f"pattern is {report['pattern']}: {report['advice']} The last refusal: {verdict.reason}. The model is in "
-            f"its last committed state.",
-            report,
-        )
-
-    # ------------------------------------------------------------------ measuring and agreeing
-
-    def _agreement(self, gradients: Gradients, judged: bool) -> dict[str, int | torch.Tensor]:
-        """Numbers that must be equal on all ranks in every vote of this attempt."""
-        fields: dict[str, int | torch.Tensor] = {
-            "step": self._ledger.attempt,
-            "judged": int(judged),
-            "use of batches()": int(self._replay is not None),
-            "plan": self._recovery.plan.signature,
-            "history of verdicts": self._ledger.history,
-            "loaded checkpoint": self._ledger.loaded,
-        }
-        if gradients.caller_norm is not None:
-            fields["gradient norm"] = bits(gradients.caller_norm)
-        return fields
-
-    def _identify_batch(self, attempt: Attempt) -> int | None:
-        """Content digest of what all ranks trained on in this attempt; None if that is not known.
-
-        Collectives: two all-gathers, if the loop uses :meth:`batches`.
-        """
-        if self._replay is None:
-            return None
-        everyone = self._vote.gather(self._replay.digest(attempt.provisional), attempt.index)
-        if None in everyone.values():
-            return None
-        said = ",".join(str(everyone[rank]) for rank in sorted(everyone))
-        return int.from_bytes(hashlib.blake2b(said.encode(), digest_size=7).digest(), "little")
-
-    def _compares_replicas(self) -> bool:
-        every = self._replica_check_every
-        return every > 0 and bool(self._vote.replica_groups) and self._ledger.judged % every == 0
-
-    # ------------------------------------------------------------------ hooks and notes
-
-    def _hooked_open(self) -> None:
-        with self._noted():
-            self._dropped = self._settle_pending()
-            withheld = self._dropped is not None or bool(self._open_attempt().vetoed)
-        if withheld:
-            # The loop's optimizers step anyway; without gradients that is an exact no-op.
-            for optimizer in self._optimizers:
-                for parameter in (p for group in optimizer.param_groups for p in group["params"]):
-                    self._withheld.append((parameter, parameter.grad))
-                    parameter.grad = None
-
-    def _hooked_close(self) -> bool:
-        for parameter, gradient in self._withheld:
-            parameter.grad = gradient
-        self._withheld = []
-        dropped, self._dropped = self._dropped, None
-        if dropped is not None:
-            return dropped.accepted
-        with self._noted():
-            return self._close_attempt().accepted
-
-    @contextlib.contextmanager
-    def _noted(self) -> Iterator[None]:
-        try:
-            yield
-        except Exception as error:
-            self._note(error)
-            raise
-
-    def _note(self, error: Exception) -> None:
-        """Tell the other ranks why this one stops: they may be waiting for it inside a collective.
-
-        A LockstepError needs no note: its origin is known to all, or was noted where it was found out.
-        """
-        if self._phases.watch is not None and not isinstance(error, LockstepError):
-            self._phases.watch.fail(self._ledger.attempt, one_line(error) or "")
 
 
 def _cadence(every: int | Cadence | str) -> Cadence:

@@ -26,6 +26,7 @@ from collections import Counter, deque
 from collections.abc import Mapping
 from typing import Any
 
+from .errors import StabilityStop
 from .rungs import ADVICE, Escalation, Pattern, Refusal, Response, Rung
 
 _REMEMBERED = 64  # refusals kept for the report
@@ -182,6 +183,23 @@ class Ladder:
             "learning_rate_factor": self.learning_rate_factor,
             "last": [*self._recent],
         }
+
+    def stop(self, attempt: int, reason: str) -> StabilityStop:
+        """What ends the run once the budget is spent, with the report.
+
+        Args:
+            attempt: That was refused last.
+            reason: Of that refusal.
+        """
+        report = self.report()
+        tried = ", ".join(f"{rung} x{count}" for rung, count in report["tried"].items())
+        return StabilityStop(
+            f"stopped at attempt {attempt}: {report['refusals_in_a_row']} refusals in a row, "
+            f"{report['refusals_in_window']} in the last {self.settings.window} attempts; tried {tried}. The "
+            f"pattern is {report['pattern']}: {report['advice']} The last refusal: {reason}. The model is in "
+            f"its last committed state.",
+            report,
+        )
 
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint keeps; JSON-able and exact."""

@@ -67,7 +67,8 @@ class OptimizerHooks:
     Args:
         optimizers: In the order in which the loop steps them.
         extra_state: The controller's; LR schedulers are found here.
-        before: Opens the attempt: the gradients are complete, no optimizer has stepped.
+        before: Opens the attempt: the gradients are complete, no optimizer has stepped. Returns whether the step that
+            follows must change nothing: the loop's optimizers step anyway, so the gradients are withheld from them.
         after: Closes it, after the last optimizer; returns whether the proposal stands.
     """
 
@@ -75,14 +76,15 @@ class OptimizerHooks:
         self,
         optimizers: Sequence[Optimizer],
         extra_state: Mapping[str, Any],
-        before: Callable[[], None],
+        before: Callable[[], bool],
         after: Callable[[], bool],
     ) -> None:
         """Register the hooks. They run outside of compiled code: ``torch.compile(optimizer.step)`` has them inside."""
-        self._open = before
+        self._begin = before
         self._close = after
         self._optimizers = list(optimizers)
         self._stepped: list[int] = []
+        self._withheld: list[tuple[torch.Tensor, torch.Tensor | None]] = []
         self._handles: list[Any] = []
         for index, optimizer in enumerate(optimizers):
             self._handles.append(optimizer.register_step_pre_hook(self._before(index)))
@@ -99,6 +101,14 @@ class OptimizerHooks:
         for scheduler in self._schedulers:
             scheduler.__class__ = type(scheduler).__bases__[0]
         self._handles, self._schedulers = [], []
+
+    def _open(self) -> None:
+        if not self._begin():
+            return
+        for optimizer in self._optimizers:
+            for parameter in (p for group in optimizer.param_groups for p in group["params"]):
+                self._withheld.append((parameter, parameter.grad))
+                parameter.grad = None
 
     def _before(self, index: int) -> Callable[..., Any]:
         def hook(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -147,6 +157,9 @@ class OptimizerHooks:
             if len(self._stepped) < len(self._optimizers):
                 return
             self._stepped.clear()
+            for parameter, gradient in self._withheld:
+                parameter.grad = gradient
+            self._withheld = []
             if not self._close():
                 self._skip.update(id(scheduler) for scheduler in self._schedulers)
 

@@ -162,7 +162,7 @@ def disagree_about(about: str, rank: int, world: int, bad: int) -> None:
             if attempt == 5 and about == "plan" and rank == bad:
                 setup.optimizers[0].add_param_group({"params": [torch.nn.Parameter(torch.ones(3))]})
             if attempt == 4 and about == "history of verdicts" and rank == bad:
-                controller._panel.rule._learned.level += 1e-9  # judges alike, from other numbers
+                controller.rule._learned.level += 1e-9  # judges alike, from other numbers
             if about == "gradient norm":
                 norm = 1.0 if attempt < 5 or rank != bad else 1.0 + 1e-15
             if about == "gradient norm, NaN":
