@@ -151,6 +151,7 @@ class SpectralShaping:
         self.last: Applied | None = None
         self.skips: dict[str, int] = dict.fromkeys(REASONS, 0)
         self._step = 0
+        self._wanted: Callable[[], bool] = lambda: True
         self._ranks = Ranks(model)
         self._blocks: dict[str, nn.Module] = {}
         error: Exception | None = None
@@ -168,6 +169,8 @@ class SpectralShaping:
     def __call__(self, loss_fn: Callable[[Any, Any], Tensor], batch: Any) -> Tensor:
         """The loss with the penalty, a 0-d tensor for one ``backward()``. Every rank calls it. Counts as one step.
 
+        While it is switched off (:meth:`follow`) it is ``loss_fn(model, batch)`` and nothing else, and counts as none.
+
         Args:
             loss_fn: ``loss_fn(model, batch)`` gives the training loss; of several forwards the first is shaped.
             batch: Passed on.
@@ -175,6 +178,8 @@ class SpectralShaping:
         Raises:
             NoBlocks: A block was not called, changed the shape of its input, or wrote into it.
         """
+        if not self._wanted():
+            return loss_fn(self.model, batch)
         step, names = self._step, self.chosen(self._step)
         self._step += 1
         if not names:
@@ -205,6 +210,10 @@ class SpectralShaping:
         self.last = Applied(step, tuple(kept), skipped, value)
         penalty = weight * torch.stack([attached(matrix, cost) for matrix, cost in kept.values()]).sum()
         return loss + penalty.to(loss.device).to(loss.dtype)
+
+    def follow(self, wanted: Callable[[], bool]) -> None:
+        """From now on shape only where ``wanted()`` says so: the same at each call on every rank."""
+        self._wanted = wanted
 
     def chosen(self, step: int) -> tuple[str, ...]:
         """The blocks of a step, equal on all ranks; none where the schedule says so."""
