@@ -46,6 +46,7 @@ class Attempt:
         signals: What they measured, once all ranks know it; at an unjudged attempt, what this host knows anyway.
         signal_errors: What signals of this rank raised, by name.
         provisional: Its vote is under way, and it stands until that is read (deferred verdict).
+        edge: What the monitor of the edge of stability says after it; None without one.
         seconds: Host time by part.
     """
 
@@ -71,6 +72,7 @@ class Attempt:
     signals: SignalValues = field(default_factory=SignalValues)
     signal_errors: dict[str, Exception] = field(default_factory=dict)
     provisional: bool = False
+    edge: dict[str, Any] | None = None
     seconds: dict[str, float] = field(default_factory=dict)
 
     def defer(self) -> None:
@@ -140,6 +142,7 @@ def event_of(attempt: Attempt, verdict: Verdict, decision: Decision, steps: int)
         },
         "where": dict(attempt.signals.where),
         "signal_errors": {name: one_line(error) for name, error in attempt.signal_errors.items()},
+        "edge": attempt.edge,
         "seconds": attempt.seconds,
     }
 

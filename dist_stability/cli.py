@@ -92,7 +92,9 @@ def _spectral(options: argparse.Namespace) -> int:
 
     out = options.out or Path("out") / f"experiment-{options.name}"
     try:
-        given = [name for name in ("seeds", "arms", "tasks", "data") if getattr(options, name) is not None]
+        given = [
+            name for name in ("seeds", "arms", "tasks", "data", "width", "layers") if getattr(options, name) is not None
+        ]
         if options.name == "kss" and options.parts is not None:
             given.append("parts")
         if given:
@@ -126,6 +128,8 @@ def _experiment(options: argparse.Namespace) -> int:
             device=options.device,
             data=options.data,
             probe_size=options.probe_size,
+            width=options.width,
+            layers=options.layers,
             quick=options.quick,
         )
     except (MissingExtra, ValueError) as error:
@@ -198,13 +202,24 @@ def _parser() -> argparse.ArgumentParser:
         metavar="MODE",
         help="single, ddp or fsdp2, on two processes; default: single",
     )
-    experiment.add_argument("--tasks", nargs="+", metavar="TASK", help="text: phrase and text; default: all")
+    experiment.add_argument(
+        "--tasks", nargs="+", metavar="TASK", help="text: phrase, text; vision: distorted-digits, digits; default: all"
+    )
     experiment.add_argument(
         "--workers", type=int, default=os.cpu_count() or 1, metavar="N", help="processes; default: cores"
     )
     experiment.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: %(default)s")
-    experiment.add_argument("--data", type=Path, metavar="DIR", help="folder of CIFAR-10; without it: digits")
-    experiment.add_argument("--probe-size", type=int, metavar="N", help="held-out examples in the probe; default: 16")
+    experiment.add_argument(
+        "--data", type=Path, metavar="DIR", help="folder of CIFAR-10, for vision; without it: digits"
+    )
+    experiment.add_argument(
+        "--probe-size",
+        type=int,
+        metavar="N",
+        help="held-out examples in the probe; default: 16, vision 32",
+    )
+    experiment.add_argument("--width", type=int, metavar="N", help="text: of the Transformer; default: 64")
+    experiment.add_argument("--layers", type=int, metavar="N", help="text: of the Transformer; default: 2")
     experiment.add_argument("--parts", nargs="+", metavar="PART", help="rksp: grids and checks; default: all")
     experiment.add_argument("--quick", action="store_true", help="a few steps of everything, to see that it runs")
     experiment.set_defaults(run=_experiment)

@@ -27,6 +27,7 @@ class Measuring:
 
     Raises:
         ValueError: A probe cannot be shared equally over the data replicas (``probe_on="mean"``).
+        TypeError: See :meth:`LossProbe.check`.
     """
 
     def __init__(self, model: nn.Module, probe: LossProbe, probe_on: str, confirm: LossProbe | None = None) -> None:
@@ -39,6 +40,7 @@ class Measuring:
         self.confirm = None if confirm is None else self._share(confirm)
 
     def _share(self, probe: LossProbe) -> LossProbe:
+        probe.check(self._module)
         return probe.share(*parallel.data_replica(self._model)) if self._mean else probe
 
     def join(self, vote: Vote, phases: Phases, first_forward: FirstForward) -> None:

@@ -10,6 +10,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from .cadence import Cadence
+from .diagnostics.monitor import EdgeOfStabilityMonitor
 from .rules import Rule
 from .rungs import Escalation
 from .signals import LossProbe
@@ -49,6 +50,24 @@ def check_optimizers(optimizer: Optimizer | Iterable[Optimizer]) -> tuple[Optimi
     if len({id(each) for each in optimizers}) != len(optimizers):
         raise ValueError("optimizer: the same optimizer is listed twice")
     return optimizers
+
+
+def check_edge(edge: Any, decision: str) -> None:
+    """The monitor of the edge of stability.
+
+    Raises:
+        TypeError: Something else.
+        ValueError: With a deferred verdict: the weights it would measure are not committed.
+    """
+    if edge is None:
+        return
+    if not isinstance(edge, EdgeOfStabilityMonitor):
+        raise TypeError(f"edge: expected EdgeOfStabilityMonitor(...) or None, got {_kind(edge)}")
+    if decision == "deferred":
+        raise ValueError(
+            'edge: does not go with decision="deferred": between two steps the weights are not committed yet. Use '
+            'decision="immediate", or give DirectionalRatio(...) in signals= alone'
+        )
 
 
 def check_parts(

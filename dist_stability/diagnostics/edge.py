@@ -52,6 +52,8 @@ class EdgeSettings:
         spike: Gradient norm over its usual value, or root mean square of g^2 / v, from which on it is a spike.
         spike_steps: For how long after a spike a collapse is blamed on it.
         give_in: Readings after which a collapsed effective step is taken for the new usual one.
+        first_margin: Step of its first measurement: Adam's moments, and the buckets that DDP chooses in its first
+            backward, are settled then.
         margin_every: Steps between measurements of the margin.
         margin_lasts: Steps after which a margin is no evidence any more.
         repeat: Steps after which a state that lasts is acted on again.
@@ -70,6 +72,7 @@ class EdgeSettings:
     spike: float = 8.0
     spike_steps: int = 100
     give_in: int = 32
+    first_margin: int = 5
     margin_every: int = 50
     margin_lasts: int = 200
     repeat: int = 100
@@ -190,8 +193,10 @@ class EdgeOfStability:
     def products_due(self, step: int) -> int:
         """How many Hessian-vector products to measure the margin with at this step; 0 for no measurement.
 
-        One every ``margin_every`` steps; three at the first, after a change of the learning rate and after an alarm.
+        One every ``margin_every`` steps; three the first time, after a change of the learning rate and an alarm.
         """
+        if step < self.settings.first_margin:
+            return 0
         if self._remeasure:
             return 3
         due = self._margin_step is None or step - self._margin_step >= self.settings.margin_every

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 Batch = tuple[Tensor, Tensor]
 """Inputs and targets; the first dimension counts examples."""
@@ -66,10 +68,47 @@ class Images:
 
     def batch(self, indices: Tensor) -> Batch:
         """Normalized float32 images and their labels."""
-        pixels = self.pixels[indices]
+        return self.normalized(self.pixels[indices]), self.labels[indices]
+
+    def normalized(self, pixels: Tensor) -> Tensor:
+        """Pixels like those of this set, as a model gets them: float32."""
         scaled = pixels.float() / 255 if pixels.dtype == torch.uint8 else pixels
         mean, std = (torch.tensor(value).view(1, -1, 1, 1) for value in (self.mean, self.std))
-        return (scaled - mean) / std, self.labels[indices]
+        return (scaled - mean) / std
+
+
+class Distorted:
+    """Every image in several affine distortions, each fixed: a larger set, and never the same image twice in an epoch.
+
+    Rotated by up to 20 degrees, sheared by up to 0.2, scaled by 0.8 to 1.2 in each direction (the ranges of affNIST,
+    Tieleman 2013) and moved by up to an eighth of the picture (the usual crop of CIFAR-10).
+
+    Args:
+        images: What is distorted; float pixels.
+        copies: Distortions of each image; example ``i`` is image ``i // copies``.
+        seed: Of the distortions.
+    """
+
+    def __init__(self, images: Images, copies: int, seed: int) -> None:
+        """Draw the distortions; images are made when they are asked for."""
+        self._images, self._copies = images, copies
+        drawn = torch.rand(copies * len(images), 6, generator=torch.Generator().manual_seed(seed)) * 2 - 1
+        angle, shear, wide, high, right, down = (drawn * torch.tensor([math.radians(20), 0.2, 0.2, 0.2, 0.25, 0.25])).T
+        cos, sin, wide, high = angle.cos(), angle.sin(), 1 / (1 + wide), 1 / (1 + high)
+        rows = (wide * cos, wide * (shear * cos - sin), right, high * sin, high * (shear * sin + cos), down)
+        self._maps = torch.stack(rows, dim=1).view(-1, 2, 3)
+
+    def __len__(self) -> int:
+        """Number of distorted images."""
+        return len(self._maps)
+
+    def batch(self, indices: Tensor) -> Batch:
+        """Normalized float32 images and their labels; what comes in from outside the picture is background."""
+        chosen = indices // self._copies
+        pixels = self._images.pixels[chosen]
+        grid = functional.affine_grid(self._maps[indices], list(pixels.shape), align_corners=False)
+        moved = functional.grid_sample(pixels, grid, align_corners=False)
+        return self._images.normalized(moved), self._images.labels[chosen]
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ from typing import Any, NoReturn
 
 import torch
 
+from dist_stability.experiments import text
 from dist_stability.experiments.rivals import FEWEST_LOSSES
 from dist_stability.experiments.tasks import TASKS, TEXT_TASKS
 from dist_stability.submission.preemption import named
@@ -53,12 +54,15 @@ class Options:
     dtype: str
     compile: bool
     dropout: float
+    width: int
+    layers: int
     every: int | str
     decision: str
     update_signals: bool
     observe: bool
     probe_on: str
     probe_size: int
+    probe_batch_statistics: bool
     seed: int
     device: str
     data: Path | None
@@ -211,6 +215,9 @@ def _problems(v: argparse.Namespace, world: int, launched: bool) -> list[str]:
     refuse(v.zclip and v.clip_grad_norm > 0, "--zclip: excludes --clip-grad-norm, which clips the same gradients")
     refuse(v.zclip and v.rule != "off", f"--zclip: clips instead of refusing, so it needs --rule off, not {v.rule}")
     refuse(v.dropout > 0 and v.task not in TEXT_TASKS, f"--dropout: the model of --task {v.task} has none")
+    sized = (v.width, v.layers) != (text.WIDTH, text.LAYERS)
+    refuse(sized and v.task not in TEXT_TASKS, f"--width, --layers: the model of --task {v.task} has its own")
+    refuse(v.width % text.HEADS != 0, f"--width {v.width}: must be a multiple of {text.HEADS}, the heads")
     refuse(v.dropout >= 1, f"--dropout {v.dropout}: must be below 1")
     refuse(v.data is not None and v.task != "cifar10", f"--data: --task {v.task} brings its own data")
     refuse(
@@ -263,6 +270,8 @@ def _parser() -> argparse.ArgumentParser:
     what.add_argument("--batch-size", type=at_least_one, default=64, help="examples per step, over all processes")
     what.add_argument("--accumulate", type=at_least_one, default=1, help="micro-batches per step")
     what.add_argument("--dropout", type=real, default=0.0, help="dropout of the Transformer")
+    what.add_argument("--width", type=at_least_one, default=text.WIDTH, help="of the Transformer's residual stream")
+    what.add_argument("--layers", type=at_least_one, default=text.LAYERS, help="of the Transformer")
     what.add_argument("--seed", type=whole, default=0, help="of the initial weights, the batch order and dropout")
 
     how = parser.add_argument_group("optimizer")
@@ -325,6 +334,11 @@ def _parser() -> argparse.ArgumentParser:
     guard.add_argument("--observe", action="store_true", help="log what would be refused, refuse nothing")
     guard.add_argument("--probe-on", choices=("rank0", "mean"), default="rank0", help="whose probe loss counts")
     guard.add_argument("--probe-size", type=at_least_one, default=64, help="held-out examples in the probe")
+    guard.add_argument(
+        "--probe-batch-statistics",
+        action="store_true",
+        help="BatchNorm in the probe uses the probe's own statistics, not the running ones",
+    )
     guard.add_argument("--timeout", type=positive, default=60.0, metavar="SECONDS", help="longest wait for a rank")
     guard.add_argument(
         "--persist",

@@ -15,7 +15,7 @@ from dist_stability.experiments import text, vision
 from dist_stability.experiments.data import Batch, Examples, Subset, evenly
 
 TEXT_TASKS = ("text", "phrase")
-TASKS = (*TEXT_TASKS, "digits", "cifar10")
+TASKS = (*TEXT_TASKS, "digits", "distorted-digits", "cifar10")
 
 EVALUATION_EXAMPLES = 256
 EVALUATION_BATCH = 64
@@ -63,13 +63,22 @@ def cross_entropy(model: nn.Module, batch: Batch) -> Tensor:
     return functional.cross_entropy(model(inputs).float(), targets.flatten())
 
 
-def make_task(name: str, *, data: Path | None = None, dropout: float = 0.0) -> Task:
+def make_task(
+    name: str,
+    *,
+    data: Path | None = None,
+    dropout: float = 0.0,
+    width: int = text.WIDTH,
+    layers: int = text.LAYERS,
+) -> Task:
     """Load a task's data and describe its model.
 
     Args:
         name: One of :data:`TASKS`.
         data: Folder with the data set, for ``cifar10``.
         dropout: Dropout probability of the Transformer, for ``text`` and ``phrase``.
+        width: Of its residual stream.
+        layers: Its blocks.
 
     Raises:
         ValueError: Unknown name.
@@ -80,13 +89,19 @@ def make_task(name: str, *, data: Path | None = None, dropout: float = 0.0) -> T
     if name in TEXT_TASKS:
         corpus = text.repeated_phrase() if name == "phrase" else text.load_text()
         train, held_out, characters = text.load_windows(corpus)
-        build: Callable[[], nn.Module] = partial(text.CharacterTransformer, characters, dropout=dropout)
+        build: Callable[[], nn.Module] = partial(
+            text.CharacterTransformer, characters, width=width, layers=layers, dropout=dropout
+        )
         blocks: Callable[[nn.Module], Sequence[nn.Module]] = _transformer_blocks
         title = text.PHRASE_NAME if name == "phrase" else text.DATA_NAME
-    elif name in ("digits", "cifar10"):
-        train, held_out = vision.load_digits() if name == "digits" else vision.load_cifar10(data)
+    elif name in TASKS:
+        if name == "cifar10":
+            (train, held_out), title = vision.load_cifar10(data), vision.CIFAR10_NAME
+        elif name == "digits":
+            (train, held_out), title = vision.load_digits(), vision.DIGITS_NAME
+        else:
+            (train, held_out), title = vision.load_distorted_digits(), vision.DISTORTED_NAME
         build, blocks = vision.resnet18, vision.resnet_blocks
-        title = vision.DIGITS_NAME if name == "digits" else vision.CIFAR10_NAME
     else:
         raise ValueError(f"unknown task {name!r}: choose from {', '.join(TASKS)}")
     half = len(held_out) // 2

@@ -1,7 +1,7 @@
 """Next-character prediction with a small Transformer: on English that comes with Python itself, and on one phrase.
 
 The model is the same for both: d_model 64, 2 layers of 4 heads each, feed-forward width 256, context 64, no dropout
-unless asked for; about 0.11 million parameters.
+unless asked for another; about 0.11 million parameters.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ PHRASE_NAME = "one phrase, repeated"
 PHRASE = "the quick brown fox jumps over the lazy dog and runs away from the angry bear. "
 PHRASE_CHARACTERS = 120_000
 CONTEXT = 64
+WIDTH, LAYERS, HEADS = 64, 2, 4
 HELD_OUT = 0.1
 
 
@@ -115,9 +116,9 @@ class CharacterTransformer(nn.Module):
         characters: int,
         *,
         context: int = CONTEXT,
-        width: int = 64,
-        layers: int = 2,
-        heads: int = 4,
+        width: int = WIDTH,
+        layers: int = LAYERS,
+        heads: int = HEADS,
         dropout: float = 0.0,
     ) -> None:
         """Build the layers, initialized from the global random stream."""

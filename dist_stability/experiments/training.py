@@ -203,7 +203,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _main(options: Options, preemption: Preemption | None) -> int:
     try:
-        task = make_task(options.task, data=options.data, dropout=options.dropout)
+        task = make_task(
+            options.task, data=options.data, dropout=options.dropout, width=options.width, layers=options.layers
+        )
         task.probe_batches(options.probe_size)
         BatchOrder(len(task.train), options.batch_size, seed=options.seed)
     except (DataMissing, MissingExtra, TextUnavailable, ValueError) as error:
@@ -237,7 +239,8 @@ def _controller(job: Job, task: Task, record: RunRecorder) -> Controller:
             after_step=lambda attempt: job.injector.weights(attempt, job.parameters),
         )
     if any(fault.phase in LOSS_PHASES for fault in job.injector.faults):
-        probe = LossProbe(job.injector.wrap_loss(probe.loss_fn), probe.batches)
+        wrapped = job.injector.wrap_loss(probe.loss_fn)
+        probe = LossProbe(wrapped, probe.batches, batch_statistics=probe.batch_statistics)
     controller = StabilityController(
         job.model,
         job.optimizer,
@@ -301,7 +304,8 @@ def _clip(options: Options, model: nn.Module, parameters: list[nn.Parameter]) ->
 
 
 def _probe(job: Job, batches: list[Batch]) -> LossProbe:
-    return LossProbe(job.loss_fn, [_to(batch, job.here.device) for batch in batches])
+    held_out = [_to(batch, job.here.device) for batch in batches]
+    return LossProbe(job.loss_fn, held_out, batch_statistics=job.options.probe_batch_statistics)
 
 
 def _batches(

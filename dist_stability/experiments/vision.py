@@ -12,10 +12,11 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from dist_stability.experiments.data import Images
+from dist_stability.experiments.data import Distorted, Images
 from dist_stability.report.extras import import_extra
 
 DIGITS_NAME = "handwritten digits of scikit-learn"
+DISTORTED_NAME = f"{DIGITS_NAME}, distorted"
 CIFAR10_NAME = "CIFAR-10"
 CIFAR10_FOLDER = "cifar-10-batches-py"
 
@@ -53,6 +54,16 @@ def load_digits() -> tuple[Images, Images]:
         return Images(pixels[mask].contiguous(), labels[mask], mean=(0.305,) * 3, std=(0.35,) * 3)
 
     return images(~held_out), images(held_out)
+
+
+def load_distorted_digits() -> tuple[Distorted, Distorted]:
+    """The digits in as many affine distortions as CIFAR-10 has images: 50,330 to train on, and 10,052 held out.
+
+    As they are, 1,438 images are learnt by heart within sixty steps of 128, and what follows is another kind of
+    training than the first steps on CIFAR-10, where hardly an image is seen twice.
+    """
+    train, held_out = load_digits()
+    return Distorted(train, 35, seed=1), Distorted(held_out, 28, seed=2)
 
 
 def load_cifar10(root: Path | None) -> tuple[Images, Images]:

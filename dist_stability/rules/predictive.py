@@ -173,7 +173,7 @@ class PredictiveInnovation:
         self._norms = 0  # n_g
         self._recent: list[float] = []  # scores z of the last commits
         self._refused = 0  # in a row
-        self._refused_quietly = 0  # in a row without gradient evidence
+        self._refused_quietly = 0  # since the last commit, without gradient evidence
         self._refused_loudly = 0  # in a row with gradient evidence
         self._refused_broken = 0  # in a row because a number was not finite
         self._suspicion = 0  # refusals that nothing but the probe explains; every commit halves it
@@ -410,7 +410,8 @@ class PredictiveInnovation:
         if not (_usable_measurement(measurement) and _usable_norm(gradient_norm)):
             return self._refused_loudly, 0, self._refused_broken + 1
         if self._evidence(gradient_norm) > 0.0:
-            return self._refused_loudly + 1, 0, 0
+            # An outlying gradient explains its own refusal, not those before it.
+            return self._refused_loudly + 1, self._refused_quietly, 0
         return self._refused_loudly, self._refused_quietly + 1, 0
 
     def _wants_deep(self, quiet: int, broken: int) -> bool:

@@ -19,11 +19,11 @@ import traceback
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from itertools import repeat
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils import _pytree as pytree
 
 from dist_stability.parallel import has_collectives, reshard
@@ -81,13 +81,20 @@ class LossProbe:
     State that modules keep outside parameters and buffers (a Python counter, a cache) is not put back.
     """
 
-    def __init__(self, loss_fn: LossFn, batches: Iterable[Any], *, seed: int = 0) -> None:
+    def __init__(
+        self, loss_fn: LossFn, batches: Iterable[Any], *, seed: int = 0, batch_statistics: bool = False
+    ) -> None:
         """Check and keep the arguments; measures nothing yet.
 
         Args:
             loss_fn: ``loss_fn(model, batch)`` returns a 0-d tensor or a float; lower is better.
             batches: Non-empty, finite iterable of batches, for example ``[(x, y)]``. Consumed once.
             seed: Seed of all random streams during a measurement, 0 <= seed < 2**32.
+            batch_statistics: BatchNorm normalizes with the probe batch's own mean and variance where it does so in
+                training (not where it is frozen in eval mode). Its running ones lag some ten steps behind the weights,
+                so that a healthy step can look like harm, in the first steps of a run above all; but what is wrong
+                with them alone is then not seen. For batches of 64 examples or more. Not for ``SyncBatchNorm``, which
+                would enter collectives.
 
         Raises:
             TypeError: An argument has the wrong type; the message says which and what to pass.
@@ -108,6 +115,8 @@ class LossProbe:
             raise TypeError(f"LossProbe: seed must be an int, got {_kind(seed)}.")
         if not 0 <= seed < 2**32:
             raise ValueError(f"LossProbe: seed must be 0 <= seed < 2**32, got {seed}.")
+        if not isinstance(batch_statistics, bool):
+            raise TypeError(f"LossProbe: batch_statistics must be True or False, got {batch_statistics!r}.")
         kept = tuple(batches)
         if not kept:
             raise ValueError(
@@ -117,6 +126,7 @@ class LossProbe:
         self.loss_fn = loss_fn
         self.batches = kept
         self.seed = seed
+        self.batch_statistics = batch_statistics
         self._known: _Known | None = None
 
     def share(self, index: int, count: int) -> LossProbe:
@@ -150,11 +160,23 @@ class LossProbe:
                     f"one shape (or a multiple of {count}), or batches with a multiple of {count} examples, or use "
                     "probe_on='rank0'."
                 ) from None
-        return LossProbe(self.loss_fn, dealt, seed=self.seed)
+        return LossProbe(self.loss_fn, dealt, seed=self.seed, batch_statistics=self.batch_statistics)
+
+    def check(self, model: nn.Module) -> None:
+        """Whether this model can be measured at all; enters no collective.
+
+        Raises:
+            TypeError: It contains ``SyncBatchNorm``, and is to be measured with batch statistics.
+        """
+        if self.batch_statistics and any(isinstance(module, nn.SyncBatchNorm) for module in model.modules()):
+            raise TypeError(
+                "LossProbe: batch_statistics=True, but the model contains SyncBatchNorm, which takes them over all "
+                "ranks, while one may measure alone. Leave it False: then the running statistics are used."
+            )
 
     def describe(self) -> dict[str, Any]:
-        """What must be equal on ranks that measure together: seed, and dtypes and shapes batch by batch. JSON-able."""
-        return {"seed": self.seed, "batches": _shapes(self.batches)}
+        """What must be equal on ranks that measure together: settings, and dtypes and shapes of batches. JSON-able."""
+        return {"seed": self.seed, "batch_statistics": self.batch_statistics, "batches": _shapes(self.batches)}
 
     def measure(self, model: nn.Module) -> Reading:
         """Measure the model as it is now. No host sync, except for those ``loss_fn`` makes.
@@ -187,14 +209,15 @@ class LossProbe:
             undo.callback(known.buffers.restore)
             modules = list(model.modules())
             undo.callback(_set_training, modules, [module.training for module in modules])
+            modes = [self.batch_statistics and isinstance(each, _BatchNorm) and each.training for each in modules]
             undo.enter_context(forked(self.seed))
             at_most = None if known.record is None else len(known.record)
             forwards = RootForwards(model, keep=known.collectives, at_most=at_most if known.collectives else None)
             undo.enter_context(forwards)
             try:
-                value = self._mean(model, modules, forwards, known)
+                value = self._mean(model, modules, modes, forwards, known)
             except Exception as error:
-                return _failed(error, model, modules, forwards, known)
+                return _failed(error, model, modules, modes, forwards, known)
         if known.record is None:
             known.record = tuple(forwards.calls)
         return Reading(value)
@@ -204,10 +227,17 @@ class LossProbe:
             self._known = _Known(model, BufferCopies(model), has_collectives(model))
         return self._known
 
-    def _mean(self, model: nn.Module, modules: Sequence[nn.Module], forwards: RootForwards, known: _Known) -> Tensor:
+    def _mean(
+        self,
+        model: nn.Module,
+        modules: Sequence[nn.Module],
+        modes: Sequence[bool],
+        forwards: RootForwards,
+        known: _Known,
+    ) -> Tensor:
         total: Tensor | None = None
         for number, batch in enumerate(self.batches):
-            _set_eval(modules)
+            _set_training(modules, modes)
             try:
                 value = as_scalar(self.loss_fn(model, batch), "the result of the probe's loss_fn")
             except Exception as error:
@@ -230,7 +260,12 @@ class LossProbe:
 
 
 def _failed(
-    error: Exception, model: nn.Module, modules: Sequence[nn.Module], forwards: RootForwards, known: _Known
+    error: Exception,
+    model: nn.Module,
+    modules: Sequence[nn.Module],
+    modes: Sequence[bool],
+    forwards: RootForwards,
+    known: _Known,
 ) -> Reading:
     """Run the forwards that peers wait in, if that is possible, and say what happened."""
     # The frames of loss_fn hold its activations: without them an out-of-memory error would repeat itself below.
@@ -243,17 +278,13 @@ def _failed(
     if not known.record:
         return Reading(None, error, owed=True)
     try:
-        _set_eval(modules)
+        _set_training(modules, modes)
         for args, kwargs in known.record[len(forwards.calls) :]:
             model(*args, **kwargs)
     except Exception as second:
         second.add_note("raised while running the forwards that other ranks wait in, after the error above")
         return Reading(None, second, inside_forward=True, owed=True)
     return Reading(None, error)
-
-
-def _set_eval(modules: Iterable[nn.Module]) -> None:
-    _set_training(modules, repeat(False))
 
 
 def _set_training(modules: Iterable[nn.Module], flags: Iterable[bool]) -> None:

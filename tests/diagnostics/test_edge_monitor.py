@@ -12,7 +12,7 @@ from edge_models import build, data, loss_fn
 from torch import Tensor, nn
 
 from dist_stability import FixedInnovation, LossProbe, StabilityController
-from dist_stability.diagnostics.edge import EdgeReading, EdgeState
+from dist_stability.diagnostics.edge import EdgeReading, EdgeSettings, EdgeState
 from dist_stability.diagnostics.monitor import EdgeOfStabilityMonitor
 from dist_stability.diagnostics.sharpness import Sharpness
 from dist_stability.parallel import clip_grad_norm_
@@ -120,7 +120,8 @@ def watched(rank: int, world: int, mode: str) -> tuple[list[float], int, int]:
     images, rhos, print_ = [], [], 0
     for watching in (False, True):
         job = build(mode, rank, world, "sgd", noise=world > 1 and mode != "tp")
-        monitor = EdgeOfStabilityMonitor(Sharpness(job.model, job.optimizer, loss_fn, [job.batch]))
+        sharpness = Sharpness(job.model, job.optimizer, loss_fn, [job.batch])
+        monitor = EdgeOfStabilityMonitor(sharpness, EdgeSettings(first_margin=1))
         signal = DirectionalRatio(job.model, loss_fn, partial(getattr, job, "batch"), every=2)
         for step in range(4):
             job.optimizer.zero_grad()

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dist_stability.experiments.data import BatchOrder, Images, Subset, Windows, evenly
+from dist_stability.experiments.data import BatchOrder, Distorted, Images, Subset, Windows, evenly
 
 
 def order(**changes: int) -> BatchOrder:
@@ -83,6 +83,25 @@ def test_images_are_scaled_and_normalized_per_channel() -> None:
     values, labels = images.batch(torch.tensor([0]))
     assert values.flatten().tolist() == [-1.0, 3.0]
     assert labels.tolist() == [7]
+
+
+def test_distortions_are_many_fixed_and_small() -> None:
+    spot = torch.zeros(2, 1, 32, 32)
+    spot[0, 0, 12:20, 12:20] = 1.0
+    spot[1, 0, 10:22, 14:18] = 1.0
+    images = Images(spot, torch.tensor([3, 5]), mean=(0.0,), std=(1.0,))
+    distorted = Distorted(images, 50, seed=4)
+    pixels, labels = distorted.batch(torch.arange(100))
+    assert len(distorted) == 100 and labels.tolist() == [3] * 50 + [5] * 50
+    again, _ = Distorted(images, 50, seed=4).batch(torch.tensor([7, 63]))
+    assert torch.equal(again, pixels[[7, 63]])
+    assert len({image.numpy().tobytes() for image in pixels}) == 100
+    # The middle of the spot moves by an eighth of the picture at most, and its area changes by the two scales.
+    columns = torch.arange(32.0)
+    middle = (pixels.sum(dim=(1, 2)) * columns).sum(1) / pixels.sum(dim=(1, 2, 3))
+    assert 2.5 < (middle - 15.5).abs().max() < 4 * 1.25 + 0.5
+    area = pixels[:50].sum(dim=(1, 2, 3)) / spot[0].sum()
+    assert 0.6 < area.min() < 0.8 and 1.2 < area.max() < 1.5
 
 
 def test_a_probe_is_spread_evenly() -> None:

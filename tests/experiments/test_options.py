@@ -53,6 +53,8 @@ def test_defaults_depend_on_the_number_of_processes() -> None:
         ("--observe --rule off", 2, "--observe"),
         ("--dropout 0.1 --task digits", 2, "--dropout"),
         ("--dropout 1.0", 2, "--dropout 1.0"),
+        ("--width 128 --task digits", 2, "--width, --layers: the model of --task digits"),
+        ("--width 66", 2, "--width 66: must be a multiple of 4"),
         ("--data here", 2, "--data"),
         ("--probe-on mean --probe-size 7", 2, "--probe-size 7"),
         ("--inject earthquake:step=3", 2, "--inject"),

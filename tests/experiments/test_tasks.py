@@ -64,12 +64,12 @@ def test_dropout_is_off_by_default_and_acts_in_training_only() -> None:
     assert torch.equal(dropping.eval()(tokens), dropping(tokens))
 
 
-@pytest.mark.parametrize("name", ["text", "phrase", "digits"])
+@pytest.mark.parametrize("name", ["text", "phrase", "digits", "distorted-digits"])
 def test_a_task_fits_its_model_and_loss(name: str) -> None:
     task = make_task(name)
     torch.manual_seed(0)
     model = task.build()
-    assert len(task.blocks(model)) == (8 if name == "digits" else 2)
+    assert len(task.blocks(model)) == (8 if name.endswith("digits") else 2)
     loss = cross_entropy(model, task.train.batch(torch.arange(4)))
     assert loss.ndim == 0 and 1.0 < loss.item() < 8.0
     assert [len(inputs) for inputs, _ in task.probe_batches(8, pieces=2)] == [4, 4]
@@ -87,7 +87,7 @@ def test_digits_are_32_by_32_in_three_channels_and_a_fifth_is_held_out() -> None
 
 
 def test_an_unknown_task_lists_the_known_ones() -> None:
-    with pytest.raises(ValueError, match="'imagenet': choose from text, phrase, digits, cifar10"):
+    with pytest.raises(ValueError, match="'imagenet': choose from text, phrase, digits, distorted-digits, cifar10"):
         make_task("imagenet")
 
 

@@ -126,7 +126,7 @@ class Reference:
         if self.x == math.inf:
             self.quiet, self.broken = 0, self.broken + 1
         elif self.x > 0:
-            self.loud, self.quiet, self.broken = self.loud + 1, 0, 0
+            self.loud, self.broken = self.loud + 1, 0
         else:
             self.quiet, self.broken, self.doubt = self.quiet + 1, 0, self.doubt + (not self.odd)
         long = max(self.quiet, self.broken)

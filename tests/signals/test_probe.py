@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from dist_stability.measuring import Measuring
 from dist_stability.signals import LossProbe, Reading
 
 Batch = tuple[Tensor, Tensor]
@@ -172,14 +173,46 @@ ALL = [
 ]
 
 
+@pytest.mark.parametrize("batch_statistics", [False, True])
 @pytest.mark.parametrize("loss_fn", ALL, ids=lambda fn: fn.__name__)
-def test_a_measurement_leaves_no_trace(loss_fn: Callable[..., Any], model: Everything, batches: list[Batch]) -> None:
-    probe = LossProbe(loss_fn, batches)
+def test_a_measurement_leaves_no_trace(
+    loss_fn: Callable[..., Any], batch_statistics: bool, model: Everything, batches: list[Batch]
+) -> None:
+    probe = LossProbe(loss_fn, batches, batch_statistics=batch_statistics)
     before = trace(model)
     for _ in range(2):
         reading = probe.measure(model)
         assert (reading.error is not None) == loss_fn.__name__.startswith("raises")
         assert trace(model) == before
+
+
+def test_batch_statistics_are_those_of_the_probe_where_batchnorm_takes_them_in_training() -> None:
+    norm = nn.BatchNorm1d(3)
+    norm.running_mean.fill_(50.0)  # type: ignore[union-attr]
+    frozen = nn.BatchNorm1d(3).eval()
+    frozen.running_var.fill_(4.0)  # type: ignore[union-attr]
+    model = nn.Sequential(norm, frozen, nn.Dropout(0.5))
+    x = torch.randn(16, 3, generator=torch.Generator().manual_seed(0)) * 5 + 2
+
+    def square(model: nn.Module, batch: Tensor) -> Tensor:
+        return model(batch).square().mean()
+
+    own = ((x - x.mean(0)) / (x.var(0, correction=0) + norm.eps).sqrt()).square().mean() / 4
+    value = LossProbe(square, [x], batch_statistics=True).measure(model).value
+    assert value is not None and value.item() == pytest.approx(own.item(), rel=1e-5)
+    running = LossProbe(square, [x]).measure(model).value
+    assert running is not None and running.item() > 100
+    share = LossProbe(square, [x], batch_statistics=True).share(1, 2)
+    assert share.batch_statistics and share.describe() != LossProbe(square, [x]).share(1, 2).describe()
+
+
+def test_batch_statistics_of_all_ranks_are_refused_before_anything_is_measured() -> None:
+    model = nn.Sequential(nn.Linear(2, 2), nn.SyncBatchNorm(2))
+    with pytest.raises(TypeError, match="SyncBatchNorm"):
+        Measuring(model, LossProbe(mse, [1], batch_statistics=True), "rank0")
+    Measuring(model, LossProbe(mse, [1]), "rank0")
+    with pytest.raises(TypeError, match="batch_statistics must be True or False"):
+        LossProbe(mse, [1], batch_statistics=1)  # type: ignore[arg-type]
 
 
 def test_training_goes_on_bitwise_as_if_nothing_had_been_measured(batches: list[Batch]) -> None:

@@ -49,6 +49,8 @@ def experiment(
     device: str = "auto",
     data: Path | None = None,
     probe_size: int | None = None,
+    width: int | None = None,
+    layers: int | None = None,
     quick: bool = False,
 ) -> int:
     """Run what is missing, then write ``summary.json``, the figures, ``report.html`` and ``tables.md``.
@@ -68,6 +70,8 @@ def experiment(
         device: "auto", "cpu" or "cuda".
         data: Folder of CIFAR-10, for vision; without the data set in it, scikit-learn's digits.
         probe_size: Held-out examples in the probe; default: see :func:`protocol`.
+        width: Of the Transformer of text; default: the usual one.
+        layers: Likewise.
         quick: A few steps of everything.
 
     Returns:
@@ -78,7 +82,7 @@ def experiment(
 
     Collectives: under ``torchrun`` all ranks call it together, and the runs are done in their group.
     """
-    chosen = protocol(name, data=data, quick=quick, probe_size=probe_size)
+    chosen = protocol(name, data=data, quick=quick, probe_size=probe_size, width=width, layers=layers)
     grid = Grid(
         protocol=chosen,
         out=out,
@@ -190,6 +194,9 @@ def _own_command(grid: Grid, quick: bool) -> str:
     usual = protocol(grid.protocol.experiment, data=grid.data, quick=quick).probe_size
     if grid.protocol.probe_size != usual:
         words += ["--probe-size", str(grid.protocol.probe_size)]
+    for option in ("width", "layers"):
+        if (value := getattr(grid.protocol, option)) is not None:
+            words += [f"--{option}", str(value)]
     words += ["--device", grid.device, *(["--data", str(grid.data)] if grid.data is not None else [])]
     words += [*(["--quick"] if quick else []), "--out", str(grid.out)]
     return shlex.join(words)

@@ -65,7 +65,9 @@ def _decide(outcomes: Outcomes, run: Run, first: bool) -> tuple[str, ...] | None
 def _train(grid: Grid, run: Run, arguments: tuple[str, ...], here: Processes) -> int:
     def body(complete: list[str]) -> int:
         options = parse_options(complete, here.world_size)
-        task = make_task(options.task, data=options.data, dropout=options.dropout)
+        task = make_task(
+            options.task, data=options.data, dropout=options.dropout, width=options.width, layers=options.layers
+        )
         return training.run(options, task, here)
 
     log = "log.txt" if here.rank == 0 else f"log-rank{here.rank}.txt"

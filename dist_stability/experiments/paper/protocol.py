@@ -90,6 +90,9 @@ class Protocol:
         epsilons: Searched first, with the paper's alpha; from large to small.
         alphas: Searched then, with the best epsilon.
         windows: Losses in the statistics of the rollback on training-loss spikes; from long to short.
+        batch_statistics: BatchNorm in the probe uses the probe's own statistics.
+        width: Of the Transformer; None for the usual one, or for another model.
+        layers: Likewise.
     """
 
     experiment: str
@@ -106,6 +109,9 @@ class Protocol:
     epsilons: tuple[float, ...] = (1.0, 0.5, 0.2, 0.1, 0.05, 0.02, 0.01)
     alphas: tuple[float, ...] = (0.3, 1.0)
     windows: tuple[int, ...] = (128, 64, 32, 16)
+    batch_statistics: bool = False
+    width: int | None = None
+    layers: int | None = None
 
     @property
     def gamma(self) -> float:
@@ -118,6 +124,9 @@ class Protocol:
             *("--task", task, "--steps", str(self.steps), "--batch-size", str(self.batch_size), "--lr", str(self.lr)),
             *("--warmup", "0", "--schedule", "constant", "--optimizer", "adamw"),
             *("--probe-size", str(self.probe_size), "--parameter-norm"),
+            *(("--probe-batch-statistics",) if self.batch_statistics else ()),
+            *(() if self.width is None else ("--width", str(self.width))),
+            *(() if self.layers is None else ("--layers", str(self.layers))),
         )
 
     def injection(self, name: str, world_size: int = 1) -> Injection:
@@ -156,14 +165,22 @@ class Protocol:
 
 
 def protocol(
-    experiment: str, *, data: Path | None = None, quick: bool = False, probe_size: int | None = None
+    experiment: str,
+    *,
+    data: Path | None = None,
+    quick: bool = False,
+    probe_size: int | None = None,
+    width: int | None = None,
+    layers: int | None = None,
 ) -> Protocol:
     """The protocol of an experiment.
 
     Args:
         experiment: One of :data:`EXPERIMENTS`.
         data: Folder that may hold CIFAR-10; without it, vision is scikit-learn's digits.
-        probe_size: Held-out examples in the probe; default 16, the paper's.
+        probe_size: Held-out examples in the probe; default 16 for text, 32 for vision: the paper has both.
+        width: Of the Transformer of text, if not the usual one.
+        layers: Likewise.
         quick: A few steps of everything, to see that it runs; no number of it means anything.
 
     Raises:
@@ -172,11 +189,15 @@ def protocol(
     if probe_size is not None and probe_size < 1:
         raise ValueError(f"--probe-size {probe_size}: must be at least 1")
     if experiment == "text":
-        chosen = Protocol("text", ("phrase", "text"))
+        chosen = Protocol("text", ("phrase", "text"), width=width, layers=layers)
     elif experiment == "vision":
+        if width is not None or layers is not None:
+            raise ValueError("--width, --layers: are of the Transformer; ResNet-18 has its own")
         has_cifar10 = data is not None and (data / CIFAR10_FOLDER).is_dir()
-        task = "cifar10" if has_cifar10 else "digits"
-        chosen = Protocol("vision", (task,), batch_size=128, lr=1e-3, tuning_seeds=(1000,))
+        tasks = ("cifar10",) if has_cifar10 else ("distorted-digits", "digits")
+        chosen = Protocol(
+            "vision", tasks, batch_size=128, lr=1e-3, probe_size=32, batch_statistics=True, tuning_seeds=(1000,)
+        )
     else:
         raise ValueError(f"unknown experiment {experiment!r}: choose from {', '.join(EXPERIMENTS)}")
     if not quick:

@@ -42,7 +42,8 @@ def test_every_command_line_parses(experiment: str, parallel: str, tmp_path: Pat
         write_run(asked, run, refused=(3, 4) if run.arm == "guarded" else ())
         assert (options.steps, options.warmup, options.schedule, options.seed) == (250, 0, "constant", run.seed)
         assert (options.lr, options.batch_size) == ((5e-4, 64) if experiment == "text" else (1e-3, 128))
-        assert options.probe_size == 16 and options.parameter_norm and options.parallel == parallel
+        assert options.probe_size == asked.protocol.probe_size
+        assert options.parameter_norm and options.parallel == parallel
         assert bool(options.inject) == (run.fault != NO_FAULT and run.arm != "twin")
         seen.add((run.arm, run.fault))
     assert {arm for arm, _ in seen} >= set(ARMS)
@@ -57,6 +58,26 @@ def test_another_probe_is_another_protocol(tmp_path: Path) -> None:
     assert {parsed(asked, run).probe_size for run in runs_of(asked) if run.arm in ("clean", "guarded")} == {48}
     with pytest.raises(ValueError, match=r"--probe-size 0: must be at least 1"):
         protocol("vision", probe_size=0)
+
+
+def test_another_model_is_another_protocol(tmp_path: Path) -> None:
+    chosen = protocol("text", width=128, layers=4)
+    asked = grid(tmp_path, protocol=chosen)
+    assert {(o.width, o.layers) for o in (parsed(asked, run) for run in runs_of(asked) if run.arm == "clean")} == {
+        (128, 4)
+    }
+    assert chosen != protocol("text")
+    with pytest.raises(ValueError, match="--width, --layers: are of the Transformer"):
+        protocol("vision", width=128)
+
+
+def test_the_probe_of_vision_uses_batch_statistics(tmp_path: Path) -> None:
+    chosen = protocol("vision")
+    asked = grid(tmp_path, protocol=chosen, tasks=chosen.tasks)
+    runs = [run for run in runs_of(asked) if run.arm in ("clean", "baseline", "guarded")]
+    assert {run.task for run in runs} == {"distorted-digits", "digits"}
+    assert all(parsed(asked, run).probe_batch_statistics for run in runs)
+    assert not parsed(grid(tmp_path), place("clean", NO_FAULT)).probe_batch_statistics
 
 
 def test_the_arms_are_what_they_are_called(tmp_path: Path) -> None:
@@ -177,7 +198,7 @@ def test_commands_can_be_typed(tmp_path: Path) -> None:
 
 
 def test_vision_is_cifar10_only_where_it_is(tmp_path: Path) -> None:
-    assert protocol("vision", data=tmp_path).tasks == protocol("vision").tasks == ("digits",)
+    assert protocol("vision", data=tmp_path).tasks == protocol("vision").tasks == ("distorted-digits", "digits")
     (tmp_path / "cifar-10-batches-py").mkdir()
     chosen = protocol("vision", data=tmp_path)
     assert chosen.tasks == ("cifar10",) and chosen.tuning_seeds == (1000,)
