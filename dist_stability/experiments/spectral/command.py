@@ -12,7 +12,7 @@ from typing import Any
 from dist_stability.diagnostics.calibration import NotCalibrated
 from dist_stability.experiments.spectral import kss_table, probabilities, selection
 from dist_stability.experiments.spectral.grids import DESIGN, EDGES, GRIDS, HELD_OUT, NEAR_NONE
-from dist_stability.experiments.spectral.jobs import curve_jobs, edge_jobs, grid_jobs, kss_jobs, points
+from dist_stability.experiments.spectral.jobs import cost_jobs, curve_jobs, edge_jobs, grid_jobs, kss_jobs, points
 from dist_stability.experiments.spectral.pages import Section, write_pages
 from dist_stability.experiments.spectral.pool import Job, perform
 from dist_stability.experiments.spectral.predictions import PAPER_AUROC, SCORES, architectures, table
@@ -70,10 +70,13 @@ def experiment_rksp(out: Path, *, parts: Sequence[str] | None = None, workers: i
 def experiment_kss(out: Path, *, workers: int = 1, quick: bool = False) -> int:
     """The arms of Table 3. Arguments, result and errors as of :func:`experiment_rksp`."""
     _check(workers)
-    jobs = kss_jobs(out / "quick" if quick else out, quick)
+    folder = out / "quick" if quick else out
+    jobs, costs = kss_jobs(folder, quick), {} if quick else cost_jobs(folder)
     failed = perform([job for each in jobs.values() for job in each], workers, "kss")
+    failed |= perform(list(costs.values()), 1, "kss: cost")  # one at a time: they take the time
     found = kss_table.summarized(
-        {arm: [result for job in each if (result := job.result()) is not None] for arm, each in jobs.items()}
+        {arm: [result for job in each if (result := job.result()) is not None] for arm, each in jobs.items()},
+        {arm: result["ratio"] for arm, job in costs.items() if (result := job.result()) is not None},
     )
     summary = {"experiment": "kss", "quick": quick, **found, "versions": versions()}
     return write_pages(

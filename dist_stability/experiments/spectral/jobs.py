@@ -74,6 +74,15 @@ def kss_jobs(out: Path, quick: bool = False) -> dict[str, list[Job]]:
     }
 
 
+def cost_jobs(out: Path) -> dict[str, Job]:
+    """By arm of Table 3, what a step of it costs. The settings hold all that the number depends on but the machine."""
+    protocol = {"steps": shaping.COST_STEPS, "pairs": shaping.COST_PAIRS}
+    return {
+        name: Job(out / "cost" / f"{name}.json", {**asdict(arm), **protocol}, shaping.cost, name)
+        for name, arm in arms.ARMS.items()
+    }
+
+
 def points(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """One flat record for each run: configuration, scores, learning rate, label and maxima."""
     found = []

@@ -17,14 +17,13 @@ COUNTS = ("diverged", "task_diverged", "by_loss", "learned", "stopped")
 PAPER_RUNS = 24
 
 
-def summarized(results: Mapping[str, Sequence[Result]]) -> dict[str, Any]:
-    """From the results of each arm: "arms" by name, and "comparisons" of those pairs that have runs."""
+def summarized(results: Mapping[str, Sequence[Result]], costs: Mapping[str, float]) -> dict[str, Any]:
+    """From the results of each arm and its cost: "arms" by name, and "comparisons" of those pairs that have runs."""
     arms = {name: _counted(ARMS[name].paper, each) for name, each in results.items() if each}
-    for found in arms.values():
+    for name, found in arms.items():
         base = arms.get(BASELINE, {})
         found["fisher"] = _fisher(found, base) if base else None
-        cost, of_base = found["step_seconds"], base.get("step_seconds")
-        found["cost"] = cost / of_base if cost and of_base else None
+        found["cost"] = costs.get(name)
     return {
         "arms": arms,
         "comparisons": [
@@ -95,8 +94,8 @@ def sections(found: Mapping[str, Any]) -> list[Section]:
         ),
         (
             "Spectra of the runs that came to their end, and what it costs",
-            "Means over these runs, over blocks, at the end; leading: in the 32 directions that shaping fits. Cost: "
-            f'CPU time of a step, the median over steps and runs, as a ratio to "{BASELINE}" at this size. Refused: '
+            "Means over these runs, over blocks, at the end; leading: in the 32 leading directions of the input. Cost: "
+            f'CPU time of a step at this size, as a ratio to "{BASELINE}" measured in turn. Refused: '
             "steps a run that the controller did not take whole, and what it did about them in all runs.",
             ("arm", "runs", "M>1, leading", "rho, leading", "M>1, all", "rho, all", "cost", "refused a run", "rungs"),
             spectra,
@@ -115,7 +114,6 @@ _NUMBERS = ("unstable", "radius")
 
 def _counted(paper: int | None, results: Sequence[Result]) -> dict[str, Any]:
     steps = [result["step"] for result in results if result["step"] is not None]
-    seconds = [result["step_seconds"] for result in results if result["step_seconds"] is not None]
     ended = [result["spectra"] for result in results if result["spectra"] is not None]
     refusals = Counter[str]()
     by_lr = Counter[str]()
@@ -133,7 +131,6 @@ def _counted(paper: int | None, results: Sequence[Result]) -> dict[str, Any]:
             fit: {number: statistics.fmean(each[fit][number] for each in ended) for number in _NUMBERS}
             for fit in (ended[0] if ended else ())
         },
-        "step_seconds": statistics.median(seconds) if seconds else None,
         "refused": sum(refusals.values()) / len(results),
         "refusals": dict(refusals),
     }

@@ -18,7 +18,7 @@ from dist_stability.diagnostics import rksp
 from dist_stability.diagnostics.kss import SpectralShaping
 from dist_stability.errors import StabilityStop
 from dist_stability.experiments.spectral import protection
-from dist_stability.experiments.spectral.arms import ARMS, Arm
+from dist_stability.experiments.spectral.arms import ARMS, BASELINE, CONFIGURATIONS, LRS, Arm
 from dist_stability.experiments.spectral.runs import BATCH, LOSS_LIMIT, WARMUP, Configuration, Run, is_diverged, worst
 from dist_stability.experiments.spectral.scores import profiled_tokens
 from dist_stability.experiments.spectral.tasks import loss_fn
@@ -28,6 +28,9 @@ LEARNED = 1.5
 
 PROBES = 2
 """Held-out batches of the controller's probe: 16 examples, as in the other experiments."""
+
+COST_STEPS, COST_PAIRS = 20, 5
+"""Steps of a run whose time is taken (two applications of the paper's schedule), and pairs of such runs."""
 
 FITS = {"leading": rksp.Fit("pca", 32), "all": rksp.Fit()}
 """Where spectra are looked at in the end: the directions that shaping fits, and all."""
@@ -44,7 +47,7 @@ def train(subject: tuple[Run, str]) -> dict[str, Any]:
     Returns:
         "diverged" and "step", the label; "task_diverged" and "task_step", the second; "by_loss": the loss went over its
         limit; "learned"; "stopped": the controller gave up; "refusals" by rung of the ladder; "skips" of the shaping;
-        "step_seconds": CPU time of a step, the median; "spectra" of a run that came to its end: M>1 and rho by fit.
+        "step_seconds": CPU time of a step, the mean; "spectra" of a run that came to its end: M>1 and rho by fit.
     """
     run, name = subject
     arm, configuration = ARMS[name], run.configuration
@@ -110,9 +113,22 @@ def train(subject: tuple[Run, str]) -> dict[str, Any]:
         "max_loss": worst(losses),
         "max_norm": worst(norms),
         "last_loss": losses[-1],
-        "step_seconds": statistics.median(seconds) if seconds else None,
+        "step_seconds": statistics.fmean(seconds) if seconds else None,
         "spectra": _spectra(configuration, model) if finished else None,
     }
+
+
+def cost(name: str) -> dict[str, Any]:
+    """CPU time of a step of an arm as a ratio to one without protection: "ratio", the median of "ratios".
+
+    Each ratio is of two short runs one after the other, so that what else the machine does slows both.
+    """
+    run = Run(CONFIGURATIONS[0], LRS[0], COST_STEPS)
+    ratios = []
+    for _ in range(COST_PAIRS):
+        ours, bare = (train((run, each))["step_seconds"] for each in (name, BASELINE))
+        ratios.append(ours / bare)
+    return {"ratio": statistics.median(ratios), "ratios": ratios}
 
 
 def _objective(arm: Arm, model: nn.Module, shaping: SpectralShaping | None) -> protection.Objective:

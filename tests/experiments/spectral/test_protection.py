@@ -136,7 +136,6 @@ def result(diverged: bool, lr: float = 0.01, **other: Any) -> dict[str, Any]:
         "stopped": False,
         "step": 7 if diverged else None,
         "refusals": {},
-        "step_seconds": 0.01,
         "spectra": None if diverged else {fit: {"unstable": 0.2, "radius": 1.5} for fit in ("leading", "all")},
     }
     return {**base, **other}
@@ -147,9 +146,10 @@ def test_the_table() -> None:
         {
             BASELINE: [result(True)] * 6 + [result(False)] * 2,
             "clip-1.0": [result(False)] * 8,
-            "controller": [result(False, step_seconds=0.02, refusals={"skip": 3, "cut_lr": 1})] * 8,
+            "controller": [result(False, refusals={"skip": 3, "cut_lr": 1})] * 8,
             "kss-local-0.15": [],
-        }
+        },
+        {BASELINE: 1.0, "controller": 2.0},
     )
     assert set(found["arms"]) == {BASELINE, "clip-1.0", "controller"}
     base, controller = found["arms"][BASELINE], found["arms"]["controller"]
@@ -157,6 +157,7 @@ def test_the_table() -> None:
     assert base["spectra"]["leading"] == {"unstable": pytest.approx(0.2), "radius": pytest.approx(1.5)}
     assert base["fisher"] == 1.0 and controller["fisher"] == pytest.approx(0.006993, rel=1e-3)
     assert controller["cost"] == 2.0 and controller["refused"] == 4.0
+    assert found["arms"]["clip-1.0"]["cost"] is None
     assert {(row["arm"], row["against"]) for row in found["comparisons"]} == {
         ("controller", BASELINE),
         ("controller", "clip-1.0"),
@@ -166,6 +167,20 @@ def test_the_table() -> None:
     assert "cut_lr 8, skip 24" in str(sections[1]) and not any(
         isinstance(cell, float) and math.isnan(cell) for _, _, _, rows in sections for row in rows for cell in row
     )
+
+
+def test_costs_are_ratios_of_runs_in_turn(monkeypatch: pytest.MonkeyPatch) -> None:
+    taken = iter([3.0, 1.0, 8.0, 2.0, 5.0, 1.0, 6.0, 3.0, 1.0, 1.0])
+    made = []
+
+    def noted(subject: tuple[Run, str]) -> dict[str, float]:
+        made.append(subject)
+        return {"step_seconds": next(taken)}
+
+    monkeypatch.setattr(shaping, "train", noted)
+    assert shaping.cost("controller") == {"ratio": 3.0, "ratios": [3.0, 4.0, 5.0, 2.0, 1.0]}
+    assert [name for _, name in made] == ["controller", BASELINE] * 5
+    assert len({run for run, _ in made}) == 1 and made[0][0].steps == 20  # two applications of the sparse schedule
 
 
 def test_settings_were_not_tried_on_what_is_reported() -> None:
