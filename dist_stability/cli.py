@@ -220,7 +220,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     experiment.add_argument("--width", type=int, metavar="N", help="text: of the Transformer; default: 64")
     experiment.add_argument("--layers", type=int, metavar="N", help="text: of the Transformer; default: 2")
-    experiment.add_argument("--parts", nargs="+", metavar="PART", help="rksp: grids, searches, selection, calibration; default: all")
+    experiment.add_argument("--parts", nargs="+", metavar="PART", help="rksp: grids and checks; default: all")
     experiment.add_argument("--quick", action="store_true", help="a few steps of everything, to see that it runs")
     experiment.set_defaults(run=_experiment)
 
