@@ -333,6 +333,7 @@ def train(
     injector: FaultInjector | None = None,
     setup: Setup | None = None,
     after_step: Callable[[int, Setup, StabilityController | None], None] | None = None,
+    at_start: Callable[[Setup, StabilityController], None] | None = None,
     **options: Any,
 ) -> Outcome:
     """Train ``case.steps`` attempts. ``options`` go to :func:`control`."""
@@ -343,6 +344,8 @@ def train(
     with controller if controller is not None else nullcontext():
         if controller is not None and hooked:
             controller.attach()
+        if controller is not None and at_start is not None:
+            at_start(setup, controller)
         for attempt in range(case.steps):
             batches = fetch(case, setup, attempt)
             if attempt in skip:
