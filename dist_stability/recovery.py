@@ -145,20 +145,38 @@ class Recovery:
         self.commit(self.plan, attempt)
 
     def resumed(
-        self, plan: StatePlan, attempt: int, measurement: float | None, live: Digests, random: RandomState | None
+        self,
+        plan: StatePlan,
+        attempt: int,
+        made: int,
+        measurement: float | None,
+        live: Digests,
+        random: RandomState | None,
+        found: Slot | None,
     ) -> None:
         """The state of an earlier process stands: it is the committed one.
 
         Args:
             plan: Of what stands.
             attempt: Index of the attempt that was committed.
+            made: Attempts that had been made.
             measurement: What the probe measured of it then.
             live: Digests of what stands.
             random: Where the random streams are to be when the next training forward begins; None if they get there by
                 themselves.
+            found: The slot of the ring that it was read from, if it has all that this process would copy into one.
         """
-        self.ring.reset()
-        self.commit(plan, attempt, measurement, digests=live)
+        self._phases.enter("copy")
+        if found is not None and found.keep(live, made, self._phases.chunk("copy")):
+            found.measurement, self.plan = measurement, plan
+            found.publish()
+            self.ring.adopt(found)
+            self._shade(found)
+        else:
+            if found is not None:
+                found.close()
+            self.ring.reset()
+            self.commit(plan, attempt, measurement, digests=live)
         self._stale, self._resumed = False, random
 
     def proposal(self) -> tuple[StatePlan, Image]:
