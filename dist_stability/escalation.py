@@ -5,6 +5,7 @@ A refusal undoes one step. What follows depends on why steps are refused, which 
     skip            the batch is dropped; nearly every fault ends here
     attenuate       the direction may be right and its length wrong: try theta_safe + lambda (proposal - theta_safe)
     cut_lr          shortened steps did pass, several in a row: the learning rate is cut for a while, then ramped back
+    shape           the preflight said that the risk is high, and so it is: spectral shaping from here on, if given
     deep_rollback   the committed state may be what is wrong: back to an older slot of the ring
     reload          nothing in memory helps: the last persisted state
     stop            with a report of what was tried and which pattern it fits
@@ -67,8 +68,10 @@ class Ladder:
         self._last_cut = -1  # attempt
         self._reloads = 0
         self._alarms = 0
+        self._risky = False  # a look ahead before the first step said that the risk is high
+        self._shaping = False
         self._asked = ""  # why an older state was asked for, by somebody other than the rule
-        self._went_back = False  # a deep rollback, a cut or a reload was tried in this episode
+        self._went_back = False  # a deep rollback, a cut, shaping or a reload was tried in this episode
         self._recent: deque[dict[str, Any]] = deque(maxlen=_REMEMBERED)
         self._refusals: deque[int] = deque()  # attempts, within the window
         self._cuts: deque[int] = deque()
@@ -86,6 +89,15 @@ class Ladder:
         if ramped <= 0:
             return self._level
         return self._level + (1.0 - self._level) * min(1.0, ramped / self.settings.ramp_steps)
+
+    @property
+    def shaping(self) -> bool:
+        """Spectral shaping is switched on: a change of regime, which no rollback takes back."""
+        return self._shaping
+
+    def warned(self, risky: bool) -> None:
+        """Take note of a look ahead before the first step: whether the risk of divergence is high."""
+        self._risky = risky
 
     @property
     def episode_open(self) -> bool:
@@ -164,10 +176,12 @@ class Ladder:
             self._cut(refusal.attempt)
         if rung is Rung.RELOAD:
             self._reloads += 1
+        if rung is Rung.SHAPE:
+            self._shaping = True
         if rung is Rung.RELOAD or deep:
             self._alarms = 0
         pattern = self.pattern
-        self._went_back = self._went_back or deep or rung in (Rung.CUT_LR, Rung.RELOAD)
+        self._went_back = self._went_back or deep or rung in (Rung.CUT_LR, Rung.SHAPE, Rung.RELOAD)
         self._episode[rung] += 1
         self._recent[-1]["rung"] = str(rung)
         self.stopped = self.stopped or rung is Rung.STOP
@@ -300,6 +314,8 @@ class Ladder:
             return Rung.DEEP_ROLLBACK, True
         if self._shortened >= _SHORTENED_IN_A_ROW and self._may_cut(refusal.attempt):
             return Rung.CUT_LR, False
+        if self._may_shape(refusal):
+            return Rung.SHAPE, False
         # Where a shorter step has just passed, the next refusal need not wait for it.
         patience = 1 if self._shortened else settings.attenuate_after
         if refusal.quiet and refusal.alone and settings.attenuate_after and self._quiet >= patience:
@@ -307,6 +323,13 @@ class Ladder:
                 return Rung.ATTENUATE, False
             self._wait -= 1
         return Rung.SKIP, False
+
+    def _may_shape(self, refusal: Refusal) -> bool:
+        after = self.settings.shape_after
+        # Loud refusals count, too: where the rate is too high for the model the gradients say so as well.
+        about_the_step = refusal.signal in ("probe", "gradient")
+        wanted = self._risky and refusal.can_shape and about_the_step and not self._shaping
+        return wanted and 0 < after <= self._episode["refusals"]
 
     def _may_cut(self, attempt: int) -> bool:
         spent = len(self._cuts) >= self.settings.max_cuts
@@ -377,5 +400,7 @@ _NUMBERS = (
     "reloads",
     "alarms",
     "asked",
+    "risky",
+    "shaping",
     "went_back",
 )

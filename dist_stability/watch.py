@@ -21,7 +21,7 @@ from typing import TypeVar
 import torch.distributed as dist
 
 PHASES = (
-    *("training", "gradients", "veto vote", "step", "after step", "probe", "vote", "copy", "restore"),
+    *("preflight", "training", "gradients", "veto vote", "step", "after step", "probe", "vote", "copy", "restore"),
     *("edge", "done"),
 )
 """The phases of one attempt, in order. "training" is everything between two calls of ``step()``."""

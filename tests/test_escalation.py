@@ -193,6 +193,28 @@ def test_patterns() -> None:
     assert set(ADVICE) == set(Pattern)
 
 
+def test_shaping_is_switched_on_once_where_the_risk_was_high_and_refusals_repeat() -> None:
+    settings = Escalation(shape_after=3, attenuate_after=0)
+
+    def rungs(risky: bool, **facts: Any) -> list[str]:
+        ladder = Ladder(settings)
+        ladder.warned(risky)
+        return refuse(ladder, range(6), **facts)
+
+    for facts in ({}, LOUD, {"evidence": 3.0}, {"finite": False}):
+        assert rungs(True, can_shape=True, **facts) == ["skip", "skip", "shape", "skip", "skip", "skip"]
+    for risky, facts in ((False, {"can_shape": True}), (True, {}), (True, {"can_shape": True, "signal": "error"})):
+        assert rungs(risky, **facts) == ["skip"] * 6, "no risk, nothing to switch on, or an exception"
+    ladder = Ladder(settings)
+    ladder.warned(True)
+    assert refuse(ladder, range(2), can_shape=True) == ["skip"] * 2 and not ladder.shaping
+    accept(ladder, range(2, 40))
+    assert refuse(ladder, range(40, 43), can_shape=True) == ["skip", "skip", "shape"], "a new episode counts anew"
+    resumed = Ladder(settings)
+    resumed.load_state_dict(json.loads(json.dumps(ladder.state_dict())))
+    assert resumed.shaping and refuse(resumed, range(43, 50), can_shape=True) == ["skip"] * 7
+
+
 def test_a_resumed_ladder_goes_on_where_it_was() -> None:
     def rungs(resumed_at: int | None) -> list[str]:
         ladder, found = Ladder(), []

@@ -96,6 +96,7 @@ class Unguarded:
                     "signals": {} if loss is None else {"training_loss": float(loss)},
                     "where": {},
                     "signal_errors": {},
+                    "edge": None,
                     "seconds": seconds,
                 }
             )
