@@ -20,13 +20,16 @@ TITLE = "Restrained instabilities and the edge of stability"
 CHECK_HEAD = ("pass", "what", "band", "measured: smallest .. median .. largest (seeds)")
 
 
-def experiment(out: Path, *, parts: Sequence[str] | None = None, workers: int = 1, quick: bool = False) -> int:
+def experiment(
+    out: Path, *, parts: Sequence[str] | None = None, workers: int = 1, quick: bool = False, data: Path | None = None
+) -> int:
     """Do what is missing of some parts; show what is there of all.
 
     Args:
         out: The folder; a finished job in it is not done again.
         parts: Some of :data:`~.plan.PARTS`; default all.
         workers: Processes at a time. Parts that measure time take one.
+        data: Folder of CIFAR-10, for R12; without it there is no R12.
         quick: A job or two of each part, a few steps: to see that it runs. In a folder of its own.
 
     Returns:
