@@ -2,18 +2,30 @@
 
 from __future__ import annotations
 
-from dist_stability.experiments.restrained import depth, exponents, heat, linear_bounds, overdriven, step_sizes, table1
+from dist_stability.experiments.restrained import (
+    depth,
+    edge_of_stability,
+    exponents,
+    heat,
+    linear_bounds,
+    overdriven,
+    poisoning,
+    step_sizes,
+    table1,
+)
 from dist_stability.experiments.restrained.parts import Part
 
 PARTS: dict[str, Part] = {
-    part.name: part
-    for part in (
-        heat.PART,
-        linear_bounds.PART,
-        overdriven.PART,
-        exponents.PART,
-        step_sizes.PART,
-        table1.PART,
-        depth.PART,
+    module.PART.name: module.PART
+    for module in (
+        heat,
+        linear_bounds,
+        overdriven,
+        exponents,
+        step_sizes,
+        table1,
+        depth,
+        edge_of_stability,
+        poisoning,
     )
 }
