@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dist_stability.experiments.restrained import (
+    calibration,
     depth,
     edge_of_stability,
     exponents,
@@ -27,5 +28,6 @@ PARTS: dict[str, Part] = {
         depth,
         edge_of_stability,
         poisoning,
+        calibration,
     )
 }
