@@ -16,7 +16,7 @@ from dist_stability.experiments.restrained.parts import Check, Outcome, Part, Re
 from dist_stability.experiments.restrained.small_batch import FEATURES, STEPS, TASKS, train
 from dist_stability.experiments.spectral.statistics import auroc, auroc_interval
 
-TUNING, REPORTING = range(1000, 1005), range(8)
+TUNING, REPORTING = range(1000, 1003), range(5)
 WITHIN_RATE = 0.6
 MONITORED = ("margin", "margin_median", "rho", "rho_high")
 """What the monitor has; the other features are plain numbers that it must be compared with."""
