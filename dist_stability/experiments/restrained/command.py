@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from dist_stability.experiments.restrained.figures import draw
 from dist_stability.experiments.restrained.parts import Outcome, Part, Result
-from dist_stability.experiments.restrained.plan import PARTS
+from dist_stability.experiments.restrained.plan import parts as all_parts
 from dist_stability.experiments.spectral.pool import Job, perform
 from dist_stability.report import html, plots
 from dist_stability.report.events import write_json
@@ -27,7 +27,7 @@ def experiment(
 
     Args:
         out: The folder; a finished job in it is not done again.
-        parts: Some of :data:`~.plan.PARTS`; default all.
+        parts: Some of :data:`~.plan.PARTS`, and R12 with ``data``; default all.
         workers: Processes at a time. Parts that measure time take one.
         data: Folder of CIFAR-10, for R12; without it there is no R12.
         quick: A job or two of each part, a few steps: to see that it runs. In a folder of its own.
@@ -38,15 +38,17 @@ def experiment(
     Raises:
         ValueError: A part is not known, or ``workers`` is below 1; nothing was started.
     """
-    chosen = tuple(PARTS if parts is None else dict.fromkeys(parts))
-    if unknown := [name for name in chosen if name not in PARTS]:
-        raise ValueError(f"--parts: unknown {', '.join(unknown)}; choose from {', '.join(PARTS)}")
+    known = all_parts(data)
+    chosen = tuple(known if parts is None else dict.fromkeys(parts))
+    if unknown := [name for name in chosen if name not in known]:
+        more = "" if data is not None else " (R12 needs --data DIR)"
+        raise ValueError(f"--parts: unknown {', '.join(unknown)}; choose from {', '.join(known)}{more}")
     if workers < 1:
         raise ValueError(f"--workers {workers}: must be at least 1")
     folder = out / "quick" if quick else out
     failed: dict[str, str] = {}
     results: dict[str, list[Result]] = {}
-    for name, part in PARTS.items():
+    for name, part in known.items():
         jobs = _jobs(part, folder, quick)
         if name in chosen:
             why = perform(jobs, workers if part.parallel else 1, name)
@@ -54,8 +56,8 @@ def experiment(
         found = [result for job in jobs if (result := job.result()) is not None]
         if found:
             results[name] = found
-    outcomes = {name: PARTS[name].conclude(found) for name, found in results.items()}
-    _write(folder, outcomes, results, failed, quick)
+    outcomes = {name: known[name].conclude(found) for name, found in results.items()}
+    _write(folder, known, outcomes, results, failed, quick)
     return 1 if failed else 0
 
 
@@ -73,6 +75,7 @@ def _jobs(part: Part, folder: Path, quick: bool) -> list[Job]:
 
 def _write(
     folder: Path,
+    known: Mapping[str, Part],
     outcomes: dict[str, Outcome],
     results: dict[str, list[Result]],
     failed: dict[str, str],
@@ -83,9 +86,9 @@ def _write(
     pages, text = [], [f"# {title}"]
     summary: dict[str, Any] = {"experiment": "restrained", "quick": quick, "failed": failed, "versions": versions()}
     for name, outcome in outcomes.items():
-        heading = f"{name}: {PARTS[name].title}"
+        heading = f"{name}: {known[name].title}"
         verdict = _verdict(outcome)
-        jobs = len(_jobs(PARTS[name], folder, quick))
+        jobs = len(_jobs(known[name], folder, quick))
         done = f"{len(results[name])} of {jobs} jobs. {verdict}"
         pages += [html.heading(heading), html.paragraph(done)]
         text += [f"## {heading}", done]
