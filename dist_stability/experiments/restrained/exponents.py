@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
-from statistics import fmean, median
+from statistics import median
 
 from dist_stability.diagnostics.lyapunov import lyapunov
-from dist_stability.experiments.restrained.one_layer import next_number, number_run, stretch
+from dist_stability.experiments.restrained.one_layer import exponent, number_run
 from dist_stability.experiments.restrained.parts import Check, Outcome, Part, Result, Settings, every, spread
 
 EXPONENTS = {
@@ -46,7 +45,7 @@ def work(settings: Settings) -> Result:
     lr, steps = settings["lr"], settings["steps"]
     build = number_run(lr)
     return {
-        "map": [_along_the_map(1.0 + 0.1 * seed, lr, settings["map_steps"]) for seed in settings["seeds"]],
+        "map": [exponent(1.0 + 0.1 * seed, lr, settings["map_steps"]) for seed in settings["seeds"]],
         "lyapunov": [lyapunov(build, steps, skip=steps // 5, seed=seed).per_step for seed in settings["seeds"]],
     }
 
@@ -65,15 +64,6 @@ def conclude(results: Sequence[Result]) -> Outcome:
     checks.append(every("signs", signs))
     head = ("learning rate", "notes", "map's derivative", "lyapunov()", "over starts")
     return Outcome(checks, head, rows, "Per step. Medians over five starts.")
-
-
-def _along_the_map(m: float, lr: float, steps: int) -> float:
-    found = []
-    for step in range(steps):
-        if step >= steps // 5:
-            found.append(math.log(max(abs(stretch(m, lr)), 1e-300)))
-        m = next_number(m, lr)
-    return fmean(found)
 
 
 PART = Part("R4", "One-layer network: Lyapunov exponents (Figure 4, right)", settings, work, conclude)

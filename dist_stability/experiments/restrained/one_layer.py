@@ -10,6 +10,7 @@ with the fraction w = (113^2 + 112^2) / 225^2 of patches that begin white. Every
 from __future__ import annotations
 
 import math
+from statistics import fmean
 
 import torch
 from torch import Tensor, nn
@@ -77,6 +78,16 @@ def next_number(m: float, lr: float) -> float:
 def stretch(m: float, lr: float) -> float:
     """Derivative of the map: what a small difference at m is multiplied by."""
     return 1.0 - lr * _slope(m)[1]
+
+
+def exponent(m: float, lr: float, steps: int) -> float:
+    """Lyapunov exponent per step by the map's derivative; the first fifth of the steps does not count."""
+    found = []
+    for step in range(steps):
+        if step >= steps // 5:
+            found.append(math.log(max(abs(stretch(m, lr)), 1e-300)))
+        m = next_number(m, lr)
+    return fmean(found)
 
 
 def curvature(m: float) -> float:
