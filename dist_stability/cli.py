@@ -246,7 +246,7 @@ def _parser() -> argparse.ArgumentParser:
         "--probe-size",
         type=int,
         metavar="N",
-        help="held-out examples in the probe; default: 16, vision 32",
+        help="held-out examples in the probe; default: 16, vision 128",
     )
     experiment.add_argument("--width", type=int, metavar="N", help="text: of the Transformer; default: 64")
     experiment.add_argument("--layers", type=int, metavar="N", help="text: of the Transformer; default: 2")
