@@ -88,7 +88,8 @@ class StabilityController:
         rule: Judges the measurements; default :class:`PredictiveInnovation`.
         guards: Look at the gradients before the step; their "no" is a veto.
         extra_state: By name, what else belongs to the state: schedulers, an EMA, anything with ``state_dict`` and
-            ``load_state_dict``. Deep-copied on entry of every step, so keep it small.
+            ``load_state_dict``. Deep-copied on entry of every step, so keep it small. Objects that computing the loss
+            changes say so by a true attribute ``moved_by_forward``: theirs is the state before the forward.
         every: Judge attempts t with (t + 1) % every == 0, or when an :class:`AdaptiveCadence` says so, or "auto": as
             often as costs at most 2 % of the training time, measured (:class:`MeasuredCadence` for another bound). The
             others are accepted as ``unjudged``; a refusal takes them back (:meth:`batches` gives back what was good in

@@ -136,6 +136,9 @@ class SpectralShaping:
         skips: How often blocks were skipped, by reason, equal on every rank.
     """
 
+    moved_by_forward = True
+    """For a controller's ``extra_state``: a refused step's call is taken back, too."""
+
     def __init__(
         self, model: nn.Module, blocks: Sequence[str] | None = None, *, preset: Shaping = LOCAL, **changes: Any
     ) -> None:
@@ -188,12 +191,13 @@ class SpectralShaping:
         if not self._wanted():
             return loss_fn(self.model, batch)
         step, names = self._step, self.chosen(self._step)
+        with _Watch({name: self._blocks[name] for name in names}) as watch:
+            loss = loss_fn(self.model, batch)
+        # Not before the forward: as that begins, a controller notes what a refusal goes back to.
         self._step += 1
         if not names:
             self.last = Applied(step, (), {}, 0.0)
-            return loss_fn(self.model, batch)
-        with _Watch({name: self._blocks[name] for name in names}) as watch:
-            loss = loss_fn(self.model, batch)
+            return loss
         missing = [name for name in names if name not in watch.seen]
         if missing:
             raise NoBlocks(
