@@ -107,11 +107,34 @@ def _spectral(options: argparse.Namespace) -> int:
         return _failed(error)
 
 
+def _restrained(options: argparse.Namespace) -> int:
+    from dist_stability.experiments.restrained.command import experiment
+    from dist_stability.report.extras import MissingExtra, import_extra
+
+    try:
+        given = [name for name in ("seeds", "arms", "tasks") if getattr(options, name) is not None]
+        if given:
+            raise ValueError(f"--{given[0]}: does not go with restrained, whose settings are fixed in code")
+        for module, purpose in (("sklearn.datasets", "the digits"), ("matplotlib.figure", "the figures")):
+            import_extra(module, purpose)
+        return experiment(
+            options.out or Path("out") / "experiment-restrained",
+            parts=options.parts,
+            workers=options.workers,
+            quick=options.quick,
+            data=options.data,
+        )
+    except (MissingExtra, ValueError) as error:
+        return _failed(error)
+
+
 def _experiment(options: argparse.Namespace) -> int:
     if options.name in ("rksp", "kss"):
         return _spectral(options)
+    if options.name == "restrained":
+        return _restrained(options)
     if options.parts is not None:
-        return _failed(ValueError(f"--parts: goes with rksp, not with {options.name}"))
+        return _failed(ValueError(f"--parts: goes with rksp and restrained, not with {options.name}"))
     from dist_stability.experiments.paper.command import experiment
     from dist_stability.report.extras import MissingExtra, import_extra
 
@@ -182,7 +205,10 @@ def _parser() -> argparse.ArgumentParser:
         "experiment", help="the papers' experiments: arms against faults, and prediction of divergence"
     )
     experiment.add_argument(
-        "name", choices=["text", "vision", "rksp", "kss"], metavar="NAME", help="text, vision, rksp or kss"
+        "name",
+        choices=["text", "vision", "rksp", "kss", "restrained"],
+        metavar="NAME",
+        help="text, vision, rksp, kss or restrained",
     )
     experiment.add_argument("--out", type=Path, metavar="DIR", help="default: out/experiment-NAME")
     experiment.add_argument(
@@ -211,7 +237,10 @@ def _parser() -> argparse.ArgumentParser:
     )
     experiment.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: %(default)s")
     experiment.add_argument(
-        "--data", type=Path, metavar="DIR", help="folder of CIFAR-10, for vision; without it: digits"
+        "--data",
+        type=Path,
+        metavar="DIR",
+        help="folder of CIFAR-10 (restrained: adds R12), for vision; without it: digits",
     )
     experiment.add_argument(
         "--probe-size",
@@ -221,7 +250,12 @@ def _parser() -> argparse.ArgumentParser:
     )
     experiment.add_argument("--width", type=int, metavar="N", help="text: of the Transformer; default: 64")
     experiment.add_argument("--layers", type=int, metavar="N", help="text: of the Transformer; default: 2")
-    experiment.add_argument("--parts", nargs="+", metavar="PART", help="rksp: grids and checks; default: all")
+    experiment.add_argument(
+        "--parts",
+        nargs="+",
+        metavar="PART",
+        help="rksp: grids and checks; restrained: R1 to R11, calibration; default: all",
+    )
     experiment.add_argument("--quick", action="store_true", help="a few steps of everything, to see that it runs")
     experiment.set_defaults(run=_experiment)
 
