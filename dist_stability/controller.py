@@ -127,7 +127,8 @@ class StabilityController:
             (``Checkpoints(...)``), or several of these in a list.
         asked_to_stop: Whether this rank was told to end (a signal of the cluster). Asked at every vote, in which the
             answer rides: :attr:`stopping` is true on all ranks once it was yes on any.
-        on_event: Called on every rank with one dict for each attempt; deferred ones follow at the next step.
+        on_event: Called on every rank with one dict for each attempt (deferred ones follow at the next step), and for
+            :meth:`preflight`.
 
     Use it as a context manager around the loop: an exception in the loop then leaves the other ranks a note that says
     why this one stopped, and a collective of the loop's own that loses its peers becomes a :class:`LockstepError` that

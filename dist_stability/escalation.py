@@ -326,10 +326,13 @@ class Ladder:
 
     def _may_shape(self, refusal: Refusal) -> bool:
         after = self.settings.shape_after
-        # Loud refusals count, too: where the rate is too high for the model the gradients say so as well.
-        about_the_step = refusal.signal in ("probe", "gradient")
-        wanted = self._risky and refusal.can_shape and about_the_step and not self._shaping
-        return wanted and 0 < after <= self._episode["refusals"]
+        wanted = self._risky and refusal.can_shape and self._about_the_step(refusal) and not self._shaping
+        return wanted and 0 < after <= self._episode["by probe"]
+
+    @staticmethod
+    def _about_the_step(refusal: Refusal) -> bool:
+        """The probe saw harm, quietly or not: at a rate too high for the model the gradients say so as well."""
+        return refusal.signal == "probe" and refusal.finite
 
     def _may_cut(self, attempt: int) -> bool:
         spent = len(self._cuts) >= self.settings.max_cuts
@@ -369,6 +372,7 @@ class Ladder:
 
     def _remember(self, refusal: Refusal) -> None:
         self._episode["refusals"] += 1
+        self._episode["by probe"] += self._about_the_step(refusal)
         self._episode["not finite"] += not refusal.finite
         self._episode["after going back"] += self._went_back
         if refusal.batch is not None:

@@ -43,7 +43,7 @@ def look_ahead(
         )
     finally:
         parts.first_forward.paused = False
-    parts.phases.enter("training")
+        parts.phases.enter("training")
     parts.ladder.warned(found.level is Level.HIGH)
     return found
 

@@ -53,8 +53,8 @@ class Escalation:
         cut_factor: What a cut multiplies the learning rate by.
         cut_steps: Accepted steps at the cut learning rate.
         ramp_steps: Accepted steps over which it then returns, linearly.
-        shape_after: Refusals in an episode from which on spectral shaping is switched on, if the controller was given
-            it and its preflight said that the risk is high. Once in a run, and for good.
+        shape_after: Refusals of an episode by the probe from which on spectral shaping is switched on, if the
+            controller was given it and its preflight said that the risk is high. Once in a run, and for good.
         trend_after: Commits in a row with an alarm of slow divergence before it is acted on.
         deep_after: Refusals in a row after which an older state is restored, asked for by the rule or not.
         max_deep: Deep rollbacks per window, those that the rule asks for included.

@@ -201,10 +201,15 @@ def test_shaping_is_switched_on_once_where_the_risk_was_high_and_refusals_repeat
         ladder.warned(risky)
         return refuse(ladder, range(6), **facts)
 
-    for facts in ({}, LOUD, {"evidence": 3.0}, {"finite": False}):
+    for facts in ({}, {"evidence": 3.0}, {"alone": False}):
         assert rungs(True, can_shape=True, **facts) == ["skip", "skip", "shape", "skip", "skip", "skip"]
-    for risky, facts in ((False, {"can_shape": True}), (True, {}), (True, {"can_shape": True, "signal": "error"})):
-        assert rungs(risky, **facts) == ["skip"] * 6, "no risk, nothing to switch on, or an exception"
+    for facts in (LOUD, {"finite": False}, {"signal": "error"}):
+        assert rungs(True, can_shape=True, **facts) == ["skip"] * 6, "says nothing about the length of steps"
+    assert rungs(False, can_shape=True) == ["skip"] * 6 == rungs(True), "no risk, or nothing to switch on"
+    ladder = Ladder(settings)
+    ladder.warned(True)
+    assert refuse(ladder, range(20), can_shape=True, finite=False) == ["skip"] * 20
+    assert refuse(ladder, range(20, 21), can_shape=True) == ["skip"], "those do not count"
     ladder = Ladder(settings)
     ladder.warned(True)
     assert refuse(ladder, range(2), can_shape=True) == ["skip"] * 2 and not ladder.shaping

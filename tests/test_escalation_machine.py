@@ -190,7 +190,8 @@ class AnyVerdicts(RuleBasedStateMachine):
         if rung is Rung.ATTENUATE:
             assert refusal.quiet and refusal.alone and limits.attenuate_after
         if rung is Rung.SHAPE:
-            assert self.risky and refusal.can_shape and limits.shape_after
+            assert self.risky and refusal.can_shape and refusal.signal == "probe" and refusal.finite
+            assert limits.shape_after
             assert all(past.rung is not Rung.SHAPE for _, past in self.answers), "once in a run"
         assert self.ladder.shaping == any(past.rung is Rung.SHAPE for past in [*dict(self.answers).values(), answer])
         if rung is Rung.STOP:

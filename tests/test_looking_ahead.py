@@ -117,7 +117,8 @@ def trained(
 ) -> tuple[StateImage, list[str]]:
     """A loop that takes its loss through shaping, and what the ladder did; ``on_from`` switches it on by hand."""
     setup = zoo.build(case, rank, world)
-    shaping = SpectralShaping(setup.model, ["block"]) if given else None
+    # At every second call: a call that a refused step has made and that is not taken back would show.
+    shaping = SpectralShaping(setup.model, ["block"], every=2) if given else None
     attempt = 0
     if shaping is not None and not guarded:
         shaping.follow(lambda: on_from is not None and attempt >= on_from)
@@ -143,7 +144,10 @@ def trained(
     if controller is not None:
         controller.close()
     assert shaping is None or (shaping.last is not None) == ("shape" in rungs or on_from is not None)
-    return capture_state(setup.model, setup.optimizers), rungs
+    counted = None if shaping is None else {"shaping": shaping}
+    return capture_state(
+        setup.model, setup.optimizers, counted if on_from is not None or "shape" in rungs else None
+    ), rungs
 
 
 def shaped(rank: int, world: int, mode: str) -> list[str]:
