@@ -37,6 +37,7 @@ from . import parallel
 from .attempt import PhaseListener, Phases
 from .cadence import Cadence, FixedCadence
 from .collapse import StepCollapse
+from .diagnostics.monitor import EdgeOfStabilityMonitor
 from .errors import LockstepError
 from .escalation import Ladder
 from .guarded_step import GuardedStep
@@ -58,6 +59,7 @@ from .rungs import Escalation
 from .signals import JudgedPeriod, LossProbe, Monitor, Signal
 from .startup import agree_on_settings, make_vote, world_of
 from .validation import (
+    check_edge,
     check_optimizers,
     check_parts,
     check_persist,
@@ -105,6 +107,9 @@ class StabilityController:
             poisoned stands still and harms nothing.
         confirm: A second probe, disjoint from the first: a step is then refused only if both refuse it.
         trend: Watches committed measurements for slow divergence; None for not at all.
+        edge: Says after each judged proposal how far the run is from the edge of stability, and has the ladder cut the
+            learning rate past it and go back behind what poisoned Adam's second moment (a host copy more). Not with
+            ``decision="deferred"``.
         escalation: When to do more about refusals than to skip, and when to stop.
         anchors: Older states kept for deep rollbacks, 8 commits apart (a host copy each); none are kept for a rule that
             cannot continue from them.
@@ -150,6 +155,7 @@ class StabilityController:
         signals: Sequence[Signal] = (),
         confirm: LossProbe | None = None,
         trend: Trend | None = _DEFAULT_TREND,
+        edge: EdgeOfStabilityMonitor | None = None,
         escalation: Escalation | None = None,
         anchors: int = 2,
         reload: Callable[[], int | None] | None = None,
@@ -172,6 +178,7 @@ class StabilityController:
         check_settings(
             every, mode, probe_on, timeout, replica_check_every, anchors, escalation, decision, split_replicas, shadow
         )
+        check_edge(edge, model, optimizers, decision)
         kept_in = check_persist(persist, mode)
         self.model, self.rule, self.mode, self.decision = model, rule, mode, decision
         self.cadence = _cadence(every)
@@ -183,7 +190,8 @@ class StabilityController:
         split = replica_check_every > 0 if split_replicas is None else split_replicas
         clock = (JudgedPeriod(),) if isinstance(self.cadence, MeasuredCadence) else ()
         panel, ladder = Panel(rule, confirm is not None, trend, StepCollapse()), Ladder(escalation)
-        monitor, rates = Monitor((*signals, *clock)), RateCut(optimizers)
+        watched = () if edge is None else edge.signals
+        monitor, rates = Monitor((*signals, *watched, *clock)), RateCut(optimizers)
         phases = Phases(None)
         self._persistence = Persistence(kept_in, extra_state, process_group) if kept_in else None
         self._recovery = Recovery(
@@ -196,7 +204,7 @@ class StabilityController:
             split,
             (2 if self._deferred else 1) if shadow and self._enforced else 0,
             source=None if self._persistence is None else self._persistence.memory,
-            spare=0 if self._persistence is None else self._persistence.slots + self._deferred,
+            spare=(0 if self._persistence is None else self._persistence.slots + self._deferred) + (edge is not None),
         )
         if self._persistence is not None:
             self._persistence.join(model, optimizers, self._recovery, phases)
@@ -229,6 +237,7 @@ class StabilityController:
             phases=phases,
             vote=self._vote,
             first_forward=self._first_forward,
+            edge=edge,
         )
         self._attempts = GuardedStep(self._parts, self._deferred, replica_check_every, reload, on_event)
         settings = {

@@ -119,6 +119,27 @@ class Ladder:
             return None
         return f"slow divergence, warned of for {self._alarms} commits in a row"
 
+    def may_go_back(self, attempt: int) -> bool:
+        """Whether the budget has another deep rollback."""
+        self._forget(attempt)
+        return len(self._deeps) < self.settings.max_deep
+
+    def cut(self, attempt: int, factor: float) -> bool:
+        """Somebody who watches the run asks for a smaller learning rate, though the attempt may stand.
+
+        Args:
+            attempt: Its index.
+            factor: What the present learning rate is multiplied by.
+
+        Returns:
+            Whether it is cut, from the next attempt on: the budget of cuts holds here, too.
+        """
+        self._forget(attempt)
+        if not self._may_cut(attempt):
+            return False
+        self._cut(attempt, factor)
+        return True
+
     def refused(self, refusal: Refusal) -> Response:
         """An attempt is refused: what to do about it."""
         self._forget(refusal.attempt)
@@ -132,7 +153,7 @@ class Ladder:
         if deep:
             self._deeps.append(refusal.attempt)
         if rung is Rung.CUT_LR:
-            self._cut(refusal.attempt)
+            self._cut(refusal.attempt, self.settings.cut_factor)
         if rung is Rung.RELOAD:
             self._reloads += 1
         if rung is Rung.RELOAD or deep:
@@ -252,6 +273,8 @@ class Ladder:
         settings = self.settings
         if self.stopped or self.in_a_row >= settings.max_refusals_in_row or self._window_spent():
             return Rung.STOP, False
+        if refusal.signal == "edge":  # who refused it knows the state to go back to, and asked for the budget
+            return Rung.DEEP_ROLLBACK, True
         may_go_back = refusal.anchors > 0 and len(self._deeps) < settings.max_deep
         if refusal.signal == "trend" or (refusal.quiet and self.overdue() is not None):
             self._alarms = 0
@@ -280,8 +303,8 @@ class Ladder:
         spent = len(self._cuts) >= self.settings.max_cuts
         return not spent and (self._last_cut < 0 or attempt - self._last_cut > _CUT_GAP)
 
-    def _cut(self, attempt: int) -> None:
-        self._level = self.learning_rate_factor * self.settings.cut_factor
+    def _cut(self, attempt: int, factor: float) -> None:
+        self._level = self.learning_rate_factor * factor
         self._since_cut = 0
         self._last_cut = attempt
         self._cuts.append(attempt)

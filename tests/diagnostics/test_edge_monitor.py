@@ -98,7 +98,7 @@ def test_a_poisoned_adam_is_seen_although_the_loss_looks_fine() -> None:
     effective, rms = EffectiveStep(), UpdateRms()
     held = torch.randn(64, 8)
     losses, found = [], []
-    for step in range(140):
+    for step in range(150):
         x = torch.randn(32, 8)
         optimizer.zero_grad()
         F.cross_entropy(model(x), x[:, :3].argmax(1)).backward()
@@ -111,7 +111,7 @@ def test_a_poisoned_adam_is_seen_although_the_loss_looks_fine() -> None:
             losses.append(float(F.cross_entropy(model(held), held[:, :3].argmax(1))))
     assert {each.state for each in found[:110]} == {EdgeState.STABLE}
     poisoned = next(step for step, each in enumerate(found) if each.state is EdgeState.POISONED)
-    assert poisoned < 130 and found[poisoned].rung is Rung.DEEP_ROLLBACK
+    assert poisoned < 145 and found[poisoned].rung is Rung.DEEP_ROLLBACK
     assert max(losses[100:]) < losses[99] + 0.5  # the bar of the published controller
 
 
@@ -122,7 +122,7 @@ def watched(rank: int, world: int, mode: str) -> tuple[list[float], int, int]:
         job = build(mode, rank, world, "sgd", noise=world > 1 and mode != "tp")
         monitor = EdgeOfStabilityMonitor(Sharpness(job.model, job.optimizer, loss_fn, [job.batch]))
         signal = DirectionalRatio(job.model, loss_fn, partial(getattr, job, "batch"), every=2)
-        for step in range(4):
+        for step in range(8):
             job.optimizer.zero_grad()
             loss_fn(job.model, job.batch).backward()
             norm = clip_grad_norm_(job.model, list(job.model.parameters()), 0.5)
@@ -138,7 +138,7 @@ def watched(rank: int, world: int, mode: str) -> tuple[list[float], int, int]:
     for name, value in images[0].items():
         other = images[1][name]
         assert torch.equal(value, other) if isinstance(value, Tensor) else value == other, name
-    assert monitor.last is not None and len(rhos) == 2
+    assert monitor.last is not None and len(rhos) == 4
     return rhos, print_, monitor.last.products
 
 

@@ -257,8 +257,8 @@ def _named(name: str, option: str) -> Callable[..., Any]:
         found: Any = importlib.import_module(module)
     except Exception as error:
         raise FactoryError(
-            f"{option} {name}: cannot import {module} ({type(error).__name__}: {error}); install it, or start in its folder "
-            f"(this is {os.getcwd()})"
+            f"{option} {name}: cannot import {module} ({type(error).__name__}: {error}); install it, or start in "
+            f"its folder (this is {os.getcwd()})"
         ) from error
     for part in attribute.split("."):
         if not hasattr(found, part):
