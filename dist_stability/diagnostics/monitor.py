@@ -31,6 +31,9 @@ SETTLED = 5
 RATIO_EVERY = 20
 """Steps between two directional ratios, by default: a forward each where the loop gives the loss."""
 
+MOMENTS_EVERY = 10
+"""Steps between two looks at the second moments: the gradient norm, which is free, sees a spike at every step."""
+
 
 class EdgeOfStabilityMonitor:
     """Feeds a state machine. Call :meth:`after_step` on every rank, at a step boundary, after every step.
@@ -79,6 +82,7 @@ class EdgeOfStabilityMonitor:
         settings: EdgeSettings | None = None,
         ratio_every: int = RATIO_EVERY,
         reuse_loss: bool = False,
+        relative_step: float | None = None,
     ) -> EdgeOfStabilityMonitor:
         """The usual monitor: margin, directional ratio, and the size of gradients against Adam's second moment.
 
@@ -91,9 +95,11 @@ class EdgeOfStabilityMonitor:
             settings: The thresholds.
             ratio_every: Steps between two ratios.
             reuse_loss: See :class:`DirectionalRatio`: the loop gives ``step(loss=...)``.
+            relative_step: See :class:`Sharpness`.
         """
         ratio = DirectionalRatio(model, loss_fn, current, every=ratio_every, reuse_loss=reuse_loss)
-        return cls(Sharpness(model, optimizer, loss_fn, batches), settings, (ratio, UpdateRms()))
+        sharpness = Sharpness(model, optimizer, loss_fn, batches, relative_step=relative_step)
+        return cls(sharpness, settings, (ratio, UpdateRms(every=MOMENTS_EVERY)))
 
     def after_step(
         self, step: int, values: Mapping[str, float], *, refused: bool = False, finite: bool = True
