@@ -12,10 +12,13 @@ import zoo
 from zoo import Case, Setup
 
 from dist_stability import FixedInnovation, LockstepError
-from dist_stability.diagnostics.edge import EdgeSettings, EdgeState
+from dist_stability.diagnostics.edge import EdgeOfStability, EdgeReading, EdgeSettings, EdgeState
 from dist_stability.diagnostics.monitor import EdgeOfStabilityMonitor
 from dist_stability.diagnostics.sharpness import Sharpness
 from dist_stability.errors import StabilityError
+from dist_stability.escalation import Ladder
+from dist_stability.rungs import Escalation, Refusal, Rung
+from dist_stability.snapshot import HostWork, Slot, SlotRing, StatePlan, copier
 from dist_stability.testing import FaultInjector, Outcome, assert_golden_twin, capture_state, compare
 
 OFTEN = EdgeSettings(margin_every=2, remeasure_every=1)
@@ -49,6 +52,7 @@ def told(events: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def transparent(rank: int, world: int, cases: list[Case], mode: str) -> list[str]:
+    """Without a fault: the monitor's run is the run of nobody."""
     said = []
     for case in cases:
         guarded, events = watched(case, rank, world, mode=mode)
@@ -82,6 +86,24 @@ def test_a_monitor_that_does_not_intervene_changes_no_bit(mode: str) -> None:
 def test_nor_in_observe_mode(two: harness.Pool) -> None:
     for said in two.run(transparent, [Case("ddp", scheduler=True)], "observe", timeout=100):
         assert not said, "\n".join(said)
+
+
+def with_a_refusal(rank: int, world: int, case: Case, work: HostWork) -> list[str]:
+    """With one: it is that of the controller alone. Copies in another thread, or at once."""
+    injector = FaultInjector.parse(["gradient-scale:step=9,factor=300"])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(copier, "HOST_WORK", work)
+        guarded, events = watched(case, rank, world, injector=injector)
+        alone = zoo.train(case, rank, world, injector=FaultInjector.parse(["gradient-scale:step=9,factor=300"]))
+    wrong = [] if guarded.refused == alone.refused == {9} else [f"refused {guarded.refused} {alone.refused}"]
+    wrong += [] if len([one for one in told(events) if one["margin"] is not None]) >= 3 else ["not measured"]
+    return wrong + compare(guarded.image, alone.image)
+
+
+@pytest.mark.parametrize("work", [HostWork.NONE, HostWork.ALL])
+@pytest.mark.parametrize("mode", ["ddp", "fsdp2"])
+def test_nor_where_something_is_refused(two: harness.Pool, mode: str, work: HostWork) -> None:
+    assert two.run(with_a_refusal, Case(mode, "transformer", "sgd"), work, timeout=100) == [[], []]
 
 
 # ---------------------------------------------------------------------- past the edge
@@ -237,6 +259,99 @@ def resumed(rank: int, world: int) -> list[str]:
 
 def test_a_checkpoint_has_the_monitor(two: harness.Pool) -> None:
     assert two.run(resumed, timeout=100) == [[], []]
+
+
+def test_a_run_may_go_on_without_its_monitor() -> None:
+    case, setup = Case(steps=4), zoo.build(Case(), 0, 1)
+    with zoo.control(case, setup, edge=monitor_of(case, setup)) as controller:
+        saved = controller.state_dict()
+    assert saved["edge"] is not None
+    with zoo.control(case, setup) as controller:
+        controller.load_state_dict(saved)
+        assert controller.state_dict()["edge"] is None
+        without = controller.state_dict()
+    with zoo.control(case, setup, edge=monitor_of(case, setup)) as controller:
+        controller.load_state_dict(without)
+
+
+# ---------------------------------------------------------------------- the ladder, the ring, the machine
+
+
+def test_the_ladder_gives_within_its_budgets() -> None:
+    ladder = Ladder(Escalation(max_cuts=1, max_deep=1))
+    assert ladder.cut(5, 0.7) and ladder.learning_rate_factor == 0.7
+    assert not ladder.cut(500, 0.7) and ladder.learning_rate_factor == 0.7
+    assert ladder.may_go_back(501)
+    response = ladder.refused(Refusal(501, "edge", anchors=0))
+    assert response.rung is Rung.DEEP_ROLLBACK and response.deep
+    assert not ladder.may_go_back(502), "the budget is spent"
+    assert ladder.may_go_back(502 + ladder.settings.window), "until the window has passed"
+
+
+def test_what_is_pinned_stays_until_a_restore_goes_behind_it() -> None:
+    model = torch.nn.Linear(2, 2)
+    plan = StatePlan.build(model, [torch.optim.SGD(model.parameters(), lr=0.1)], 1)
+    ring = SlotRing(1, spare=1)
+
+    def commit(attempt: int, as_anchor: bool = False) -> Slot:
+        slot = ring.begin()
+        slot.fill(plan, attempt)
+        slot.publish()
+        ring.commit(slot, as_anchor)
+        return slot
+
+    anchor = commit(0, as_anchor=True)
+    kept = commit(1)
+    assert ring.pin() is kept
+    for attempt in range(2, 9):
+        assert commit(attempt) is not kept
+    assert ring.pinned is kept and kept.attempt == 1 and not kept.verify() and ring.oldest == 0
+    ring.fall_back(kept)
+    assert ring.safe is kept and ring.pinned is kept
+    commit(9)
+    ring.fall_back(anchor)
+    assert ring.pinned is None and ring.safe is anchor
+    ring.pin()
+    ring.unpin()
+    ring.pin()
+    ring.reset()
+    assert ring.pinned is None
+
+
+def test_a_burst_begins_with_its_first_spike() -> None:
+    machine = EdgeOfStability(EdgeSettings(warmup=5, burst=10, spike_steps=30))
+    step = 0
+
+    def see(norm: float, size: float, **more: Any) -> None:
+        nonlocal step
+        machine.observe(EdgeReading(step, gradient_norm=norm, effective_step=size, **more))
+        step += 1
+
+    see(100.0, 0.4)
+    see(1.0, 0.4)
+    see(100.0, 0.4)
+    assert machine.burst is None, "what is usual is not known yet"
+    for _ in range(10):
+        see(1.0, 0.4)
+    first = step
+    for _ in range(4):
+        see(300.0, 0.8)
+    assert machine.burst == first and machine.suspects(step)
+    for _ in range(11):
+        see(1.0, 0.15)
+    see(300.0, 0.15)
+    assert machine.burst == first, "the step is short already: the same harm"
+    for _ in range(11):
+        see(1.0, 0.4)
+    second = step
+    see(300.0, 0.4)
+    assert machine.burst == second
+    for _ in range(31):
+        see(1.0, 0.4)
+    assert not machine.suspects(step)
+    for size in (0.05, 0.05, 0.05):
+        see(1.0, size, refused=True)
+    assert machine.state is EdgeState.STABLE, "no spike to blame"
 
 
 # ---------------------------------------------------------------------- bad input

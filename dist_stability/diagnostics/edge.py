@@ -54,6 +54,8 @@ class EdgeSettings:
         burst: Steps without a spike after which the next one is the first of another burst.
         warmup: Readings before anything counts as a spike: what is usual must be known.
         give_in: Readings after which a collapsed effective step is taken for the new usual one.
+        first_margin: Step of its first measurement: Adam's moments, and the buckets that DDP chooses in its first
+            backward, are settled then.
         margin_every: Steps between measurements of the margin.
         remeasure_every: Least steps between two of them, whatever calls for one: a schedule changes the learning rate
             at every step.
@@ -76,6 +78,7 @@ class EdgeSettings:
     burst: int = 20
     warmup: int = 20
     give_in: int = 32
+    first_margin: int = 5
     margin_every: int = 50
     remeasure_every: int = 10
     margin_lasts: int = 200
@@ -214,8 +217,10 @@ class EdgeOfStability:
     def products_due(self, step: int) -> int:
         """How many Hessian-vector products to measure the margin with at this step; 0 for no measurement.
 
-        One every ``margin_every`` steps; three at the first, after a change of the learning rate and after an alarm.
+        One every ``margin_every`` steps; three the first time, after a change of the learning rate and after an alarm.
         """
+        if step < self.settings.first_margin:
+            return 0
         if self._margin_step is None:
             return 3
         since = step - self._margin_step

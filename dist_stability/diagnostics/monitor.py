@@ -25,9 +25,6 @@ from .sharpness import Ends, Sharpness, SharpnessReading
 FIRST = 20
 """Products of the first measurement."""
 
-SETTLED = 5
-"""Steps before it: Adam's second moment means something, and DDP has chosen its buckets by a backward of the loop's."""
-
 RATIO_EVERY = 20
 """Steps between two directional ratios, by default: a forward each where the loop gives the loss."""
 
@@ -115,7 +112,7 @@ class EdgeOfStabilityMonitor:
         Collectives: those of :meth:`Sharpness.measure` when the margin is due, the same on every rank.
         """
         margin = None
-        ready = step >= SETTLED and finite and not refused
+        ready = finite and not refused
         if self.sharpness is not None and ready and (products := self.machine.products_due(step)):
             # From a random direction three products would see next to nothing.
             self.last = self.sharpness.measure(FIRST if self.last is None else products)
