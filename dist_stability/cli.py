@@ -1,4 +1,4 @@
-"""The command line: ``dist-stability demo | experiment NAME | bench NAME | report RUN | doctor``."""
+"""The command line: ``dist-stability demo | experiment NAME | bench NAME | diagnose NAME | report RUN | doctor``."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from dist_stability.diagnostics.command import cli as diagnose
 from dist_stability.experiments.paper.protocol import ARMS, FAULTS
 from dist_stability.report.events import write_json
 
@@ -249,6 +250,8 @@ def _parser() -> argparse.ArgumentParser:
     bench.add_argument("--tasks", nargs="+", metavar="TASK", help="of the closed loop; default: all")
     bench.set_defaults(run=_bench)
     _add_engine_benches(kinds)
+
+    diagnose.add(commands)
 
     report = commands.add_parser("report", help="figures and one page for a run, or for a folder of runs")
     report.add_argument("run_folder", type=Path, metavar="RUN", help="what a run was given as --out")

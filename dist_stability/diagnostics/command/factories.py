@@ -207,8 +207,8 @@ def _try(factories: Factories, place: torch.device, options: argparse.Namespace)
         raise FactoryError(f"{where}: the loss must be a 0-d tensor, got {_described(loss)}")
     if not loss.requires_grad:
         raise FactoryError(f"{where}: the loss has no graph; it must depend on the model's parameters")
-    if not math.isfinite(float(loss)):
-        raise FactoryError(f"{where}: the loss of the first batch is {float(loss)}; it must be finite")
+    if not math.isfinite(float(loss.detach())):
+        raise FactoryError(f"{where}: the loss of the first batch is {float(loss.detach())}; it must be finite")
     optimizer = factories.make_optimizer(model)
     if not isinstance(optimizer, Optimizer):
         raise FactoryError(f"--optimizer {options.optimizer}: expected an Optimizer, got {type(optimizer).__name__}")
