@@ -152,7 +152,7 @@ def edge(run: RunRecord, *, title: str, subtitle: str = "") -> Any:
         if acted:
             axes.plot([], [], color=color, linewidth=1.4, linestyle="--", label=f"{rung} ({len(acted)})")
     late = [value for series in (margins, ratios) for _, value in series[len(series) // 8 :]]
-    axes.set_ylim(min(0.0, *late, 0.0), 1.15 * max(1.0, *late, 1.0))  # the steep start may leave the picture
+    axes.set_ylim(min(0.0, *late, 0.0), 1.4 * max(1.0, *late, 1.0))  # the steep start may leave the picture
     axes.set_xlim(0, 1.01 * max((batch for batch, _ in run.edge), default=1))
     axes.legend(loc="upper right", frameon=False, labelcolor=FAINT, ncols=2)
     return figure

@@ -302,11 +302,8 @@ def test_a_quick_run(name: str, tmp_path: Path, one_thread: None, capsys: pytest
     assert set(summary) >= KEYS[name] | {"machine", "quick"} and summary["quick"] is True
     assert summary["machine"]["threads"] == 1 and summary["machine"]["torch"] == torch.__version__
     text = (out / "tables.md").read_text()
-    assert (
-        "no figure here means anything" in text
-        and ("clone + deepcopy" in text) == (name != "edge")
-        and "1 threads" in text
-    )
+    assert "no figure here means anything" in text and "1 threads" in text
+    assert ("clone + deepcopy" in text) == (name != "edge")
     assert (out / f"{name}.png").read_bytes().startswith(b"\x89PNG")
     assert "<table>" in (out / "report.html").read_text()
     said = capsys.readouterr().out
