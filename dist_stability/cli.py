@@ -14,7 +14,7 @@ from dist_stability.experiments.paper.protocol import ARMS, FAULTS
 from dist_stability.report.events import write_json
 
 BENCH_PARTS = ("open-loop", "noise", "bloom", "closed-loop")
-ENGINE_PARTS = ("snapshot", "step", "restore", "scale")
+ENGINE_PARTS = ("snapshot", "step", "restore", "edge", "scale")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -303,6 +303,7 @@ def _add_engine_benches(kinds: Any) -> None:
     said = {
         "snapshot": "what a copy of the state costs the host, beside other ways to take one",
         "step": "whole training steps: plain, guarded in several ways, clone + deepcopy",
+        "edge": "what the monitor of the edge of stability costs, by level",
         "restore": "how long a restore and a whole rollback take, over a memcpy",
         "scale": "bytes, link time and collectives of Llama-3 at 8 to 16,384 ranks, planned without them",
         "gpu": "all of these on a GPU, in less than ten minutes",
@@ -312,9 +313,9 @@ def _add_engine_benches(kinds: Any) -> None:
         default = Path(f"out/bench-{name}")
         bench.add_argument("--out", type=Path, default=default, metavar="DIR", help="default: %(default)s")
         bench.add_argument("--quick", action="store_true", help="as little as possible, to see that it runs")
-        if name in ("snapshot", "step", "restore"):
+        if name in ("snapshot", "step", "restore", "edge"):
             bench.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: %(default)s")
-        if name in ("step", "restore", "gpu"):
+        if name in ("step", "restore", "edge", "gpu"):
             text = "with two or more, DDP and FSDP2 on as many processes, too; default: 1"
             bench.add_argument("--ranks", type=int, default=1, metavar="N", help=text)
         if name == "scale":

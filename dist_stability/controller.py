@@ -112,8 +112,8 @@ class StabilityController:
             poisoned stands still and harms nothing.
         confirm: A second probe, disjoint from the first: a step is then refused only if both refuse it.
         trend: Watches committed measurements for slow divergence; None for not at all.
-        edge: Watches after each judged attempt how far the run is from the edge of stability. Past it the ladder is
-            asked to cut the learning rate, and to go back behind a poisoned second moment. Not with
+        edge: Says after each judged proposal how far the run is from the edge of stability, and has the ladder cut the
+            learning rate past it and go back behind what poisoned Adam's second moment (a host copy more). Not with
             ``decision="deferred"``.
         shaping: ``SpectralShaping(model)``, through which the loop takes its loss. Off until the ladder switches it
             on, for good: where :meth:`preflight` said that the risk is high, and refusals repeat.
@@ -185,10 +185,10 @@ class StabilityController:
         guards, extra_state = check_parts(
             model, probe, rule, guards, extra_state, confirm, trend, reload, asked_to_stop
         )
-        check_edge(edge, decision)
         check_settings(
             every, mode, probe_on, timeout, replica_check_every, anchors, escalation, decision, split_replicas, shadow
         )
+        check_edge(edge, model, optimizers, decision)
         kept_in = check_persist(persist, mode)
         self.model, self.rule, self.mode, self.decision = model, rule, mode, decision
         self.cadence = _cadence(every)
@@ -214,7 +214,7 @@ class StabilityController:
             split,
             (2 if self._deferred else 1) if shadow and self._enforced else 0,
             source=None if self._persistence is None else self._persistence.memory,
-            spare=0 if self._persistence is None else self._persistence.slots + self._deferred,
+            spare=(0 if self._persistence is None else self._persistence.slots + self._deferred) + (edge is not None),
         )
         if self._persistence is not None:
             self._persistence.join(model, optimizers, self._recovery, phases)

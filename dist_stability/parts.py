@@ -50,7 +50,7 @@ class Parts:
         phases: Says where this rank is.
         vote: With the other ranks.
         first_forward: Hears the first training forward of an attempt.
-        edge: Watches for the edge of stability, or None.
+        edge: Says how far the run is from the edge of stability, or None.
         shaping: Spectral shaping of the loss that the ladder may switch on, or None.
     """
 
@@ -119,7 +119,7 @@ class Parts:
         self.cadence.load_state_dict(state["cadence"])
         self.monitor.load_state_dict(state["signals"])
         self.guarantees.load_state_dict(state["guarantees"])
-        if self.edge is not None and state.get("edge") is not None:
+        if self.edge is not None and state.get("edge") is not None:  # a monitor may come and go between runs
             self.edge.load_state_dict(state["edge"])
         self.ledger.load_state_dict(state)
         self.phases.attempt = self.ledger.attempt

@@ -115,7 +115,7 @@ class Refusal:
 
     Attributes:
         attempt: Its index.
-        signal: What refused it: "probe", "gradient", "error", "replica", "trend".
+        signal: What refused it: "probe", "gradient", "error", "replica", "trend", "edge".
         reason: One line for people.
         measurement: The probe's value, or None.
         evidence: Gradient evidence of the rule's judgement, in scales.

@@ -44,10 +44,12 @@ from dist_stability import (
     StabilityController,
 )
 from dist_stability.diagnostics.kss import SpectralShaping
+from dist_stability.diagnostics.monitor import EdgeOfStabilityMonitor
 from dist_stability.diagnostics.preflight import Preflight
 from dist_stability.errors import LockstepError, StabilityError
 from dist_stability.experiments.data import Batch, BatchOrder
 from dist_stability.experiments.digests import digests
+from dist_stability.experiments.edge import SHARE, edge_monitor
 from dist_stability.experiments.norms import GlobalNorm
 from dist_stability.experiments.options import ADAPTIVE, Options, parse_options
 from dist_stability.experiments.progress import Progress
@@ -62,7 +64,7 @@ from dist_stability.parallel import clip_grad_norm_, data_replica, forward_modul
 from dist_stability.persistence import Setting
 from dist_stability.report.extras import MissingExtra
 from dist_stability.rules import Rule
-from dist_stability.signals import GroupNorms, UpdateRatio, UpdateRms
+from dist_stability.signals import GroupNorms, Signal, UpdateRatio, UpdateRms
 from dist_stability.snapshot.rng import forked
 from dist_stability.submission import Preemption
 from dist_stability.testing import LOSS_PHASES, FaultInjector, capture_state
@@ -84,7 +86,7 @@ ALONE: dict[str, Any] = {
 
 @dataclass
 class Job:
-    """Everything one process trains with; ``parameters`` is what the optimizer owns."""
+    """Everything one process trains with; ``parameters`` is what the optimizer owns, ``present`` the step's batches."""
 
     options: Options
     here: Processes
@@ -98,6 +100,7 @@ class Job:
     injector: FaultInjector
     preemption: Preemption | None = None
     shaping: SpectralShaping | None = None
+    present: Sequence[Batch] = ()
 
     def loss(self, batch: Batch) -> Tensor:
         """The training loss, with what the ladder may have added to it."""
@@ -117,6 +120,7 @@ def train(job: Job, controller: Controller, record: RunRecorder, progress: Progr
         progress.note(preflight(job, controller).verdict)
     for attempt, (number, micro_batches) in enumerate(controller.batches(job.batches(start.batches)), start.attempt):
         record.begin_batch(number, attempt)
+        job.present = micro_batches
         for batch in micro_batches:
             loss = job.loss(job.injector.batch(attempt, batch)) / len(micro_batches)
             loss.backward()
@@ -270,7 +274,8 @@ def _controller(job: Job, task: Task, record: RunRecorder) -> Controller:
         guards=(NonFiniteGuard(),),
         extra_state={"scheduler": job.scheduler},
         every=AdaptiveCadence() if options.every == ADAPTIVE else int(options.every),
-        signals=(UpdateRms(), UpdateRatio(), GroupNorms()) if options.update_signals else (),
+        signals=_signals(options),
+        edge=_edge(job, task) if options.edge else None,
         mode="observe" if options.observe else "enforce",
         decision=options.decision,
         probe_on=options.probe_on,
@@ -283,6 +288,30 @@ def _controller(job: Job, task: Task, record: RunRecorder) -> Controller:
     )
     job.injector.attach(controller)
     return controller
+
+
+def _signals(options: Options) -> tuple[Signal, ...]:
+    if not options.update_signals:
+        return ()
+    own = () if options.edge else (UpdateRms(),)  # the monitor brings one
+    return (*own, UpdateRatio(), GroupNorms())
+
+
+def _edge(job: Job, task: Task) -> EdgeOfStabilityMonitor:
+    """On examples of this replica's own: every rank takes as many, spread over all."""
+    options = job.options
+    index, count = data_replica(job.model)
+    size = max(1, options.batch_size // count // SHARE)
+    batch = task.train.batch(torch.linspace(0, len(task.train) - 1, size * count).long()[index::count])
+    return edge_monitor(
+        job.model,
+        job.optimizer,
+        job.loss_fn,
+        _to(batch, job.here.device),
+        lambda: job.present,
+        dtype=_dtype(options),
+        reuse_loss=options.accumulate == 1 and options.dropout == 0.0,
+    )
 
 
 def _asked(preemption: Preemption | None) -> Callable[[], bool] | None:

@@ -89,6 +89,7 @@ class Unguarded:
                     "undone": [],
                     "final": True,
                     "cadence": None,
+                    "edge": None,
                     "reason": "",
                     "rung": "",
                     "pattern": "",
@@ -96,7 +97,6 @@ class Unguarded:
                     "signals": {} if loss is None else {"training_loss": float(loss)},
                     "where": {},
                     "signal_errors": {},
-                    "edge": None,
                     "seconds": seconds,
                 }
             )

@@ -68,6 +68,11 @@ class RunRecord:
         """Events of proposals that were accepted because the run only observed."""
         return [event for event in self.events if event.get("would") in REFUSALS]
 
+    @property
+    def edge(self) -> list[tuple[int, dict[str, Any]]]:
+        """By batch, what the monitor of the edge of stability said; empty without one."""
+        return [(self.batch(event), event["edge"]) for event in self.events if event.get("edge")]
+
     def batch(self, event: dict[str, Any]) -> int:
         """The batch an event is about; logs of other programs know the attempt only."""
         number: int = event.get("batch", event["attempt"])

@@ -15,6 +15,7 @@ from dist_stability.experiments import training
 from dist_stability.experiments.digests import differences, digests
 from dist_stability.experiments.options import parse_options
 from dist_stability.experiments.unguarded import Unguarded
+from dist_stability.report.build import report
 from dist_stability.report.events import read_events, read_json
 from dist_stability.report.runs import load_run
 from dist_stability.testing import StateImage
@@ -178,6 +179,27 @@ def test_an_adaptive_cadence_and_signals_from_the_command_line(tmp_path: Path) -
     run(tmp_path, "--every", "adaptive", "--update-signals")
     events = read_events(tmp_path / "events.jsonl")
     assert all({"learning_rate", "training_loss", "update_rms"} <= set(event["signals"]) for event in events[1:])
+
+
+def test_the_edge_of_stability_is_watched_and_drawn(tmp_path: Path) -> None:
+    more = ("--steps", "12", "--state-digest")
+    run(tmp_path / "watched", "--edge", "--update-signals", *more)
+    run(tmp_path / "plain", *more)
+    assert differences(state(tmp_path / "watched"), state(tmp_path / "plain")) == []
+    events = read_events(tmp_path / "watched" / "events.jsonl")
+    assert [event["attempt"] for event in events if event["edge"]["margin"] is not None][:1] == [5]
+    assert {event["edge"]["state"] for event in events} <= {"stable", "edge", "overdriven"}
+    report(tmp_path / "watched", tmp_path / "report")
+    page = (tmp_path / "report" / "report.html").read_text()
+    assert "Edge of stability: watched" not in page.replace("How far from the edge of stability", "")  # in the figure
+    assert "States, in judged attempts: stable at" in page and "Nothing was done about it." in page
+
+
+@pytest.mark.parametrize("wrong", ["--rule off", "--decision deferred", "--parallel fsdp1"])
+def test_what_the_edge_does_not_go_with(wrong: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        parse_options([*SMALL, "--edge", *wrong.split(), "--out", "unused"], 2)
+    assert "--edge: " in capsys.readouterr().err
 
 
 def test_every_second_step_is_judged(tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from dist_stability.bench.engine.edge import edge
 from dist_stability.bench.engine.restore import rollback
 from dist_stability.bench.engine.step import step
 from dist_stability.experiments.restrained.sharded_run import sharpness
@@ -24,6 +25,7 @@ JOBS: dict[str, Callable[[Processes, str, bool], dict[str, Any]]] = {
     "step": step,
     "rollback": rollback,
     "sharpness": sharpness,
+    "edge": edge,
 }
 MODES = ("single", "ddp", "fsdp2")
 LIMIT_SECONDS = 900.0

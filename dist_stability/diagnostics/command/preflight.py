@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import shlex
 import sys
 from dataclasses import asdict
 from pathlib import Path
@@ -18,6 +17,7 @@ from dist_stability.diagnostics.blocks import NoBlocks, candidates, hint, named_
 from dist_stability.diagnostics.calibration import Calibrator, NotCalibrated
 from dist_stability.diagnostics.calibration import load as load_calibrator
 from dist_stability.diagnostics.command.factories import Factories, FactoryError, add_options, load
+from dist_stability.diagnostics.command.frame import add_out, at_least, command_line
 from dist_stability.diagnostics.preflight import SCORE, Preflight, preflight
 from dist_stability.errors import LockstepError
 from dist_stability.experiments.progress import Progress
@@ -33,7 +33,7 @@ def add_preflight(kinds: Any) -> None:
     """Add the command to the kinds of ``dist-stability diagnose``."""
     parser = kinds.add_parser("preflight", help="before the first step: is this learning rate likely to diverge?")
     add_options(parser)
-    parser.add_argument("--out", type=Path, default=Path("out/preflight"), metavar="DIR", help="default: %(default)s")
+    add_out(parser, "preflight")
     parser.add_argument("--batches", type=int, default=4, metavar="N", help="for each rank; default: %(default)s")
     parser.add_argument("--blocks", nargs="+", metavar="NAME", help="as in layers.0; default: lists of like modules")
     parser.add_argument("--no-search", action="store_true", help="do not look for the largest stable rate: far cheaper")
@@ -48,7 +48,7 @@ def run(options: argparse.Namespace) -> int:
     try:
         import_extra("matplotlib.figure", "the report's figures")  # known before the work, not after
         calibrator = _calibrator(options)
-        factories = load(options, _batches(options))
+        factories = load(options, at_least("batches", options.batches, 1))
         _check_blocks(factories, options.blocks)
         if rank == 0:
             options.out.mkdir(parents=True, exist_ok=True)
@@ -59,7 +59,7 @@ def run(options: argparse.Namespace) -> int:
     if rank == 0:
         from dist_stability.report.preflight import write
 
-        write(found, options.out, facts, _command())
+        write(found, options.out, facts, command_line())
         print(found.text())
         print(options.out / "report.html")
     return 0
@@ -119,13 +119,6 @@ def _calibrator(options: argparse.Namespace) -> Calibrator | None:
     return found
 
 
-def _batches(options: argparse.Namespace) -> int:
-    if options.batches < 1:
-        raise FactoryError(f"--batches: expected at least 1, got {options.batches}")
-    number: int = options.batches
-    return number
-
-
 def _check_blocks(factories: Factories, names: list[str] | None) -> None:
     """On a model of its own, which nobody else waits for."""
     with forked(factories.seed):
@@ -136,11 +129,3 @@ def _check_blocks(factories: Factories, names: list[str] | None) -> None:
         raise NoBlocks(
             f"--model: found no list of like modules in {type(model).__name__}; give --blocks. {hint(model)}"
         )
-
-
-def _command() -> str:
-    ranks = int(os.environ.get("WORLD_SIZE", 1))
-    start = ["dist-stability"]
-    if "WORLD_SIZE" in os.environ:
-        start = ["torchrun", f"--nproc_per_node={ranks}", "-m", "dist_stability"]
-    return shlex.join([*start, *sys.argv[1:]])
