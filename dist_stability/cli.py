@@ -306,18 +306,22 @@ def _add_engine_benches(kinds: Any) -> None:
         "edge": "what the monitor of the edge of stability costs, by level",
         "restore": "how long a restore and a whole rollback take, over a memcpy",
         "scale": "bytes, link time and collectives of Llama-3 at 8 to 16,384 ranks, planned without them",
-        "gpu": "all of these on a GPU, in less than ten minutes",
+        "recovery": "whole restarts: from shared memory, from a checkpoint, from the same by torch's own means",
+        "gpu": "all but the last of these on a GPU, in less than ten minutes",
     }
     for name, help_text in said.items():
         bench = kinds.add_parser(name, help=help_text)
         default = Path(f"out/bench-{name}")
         bench.add_argument("--out", type=Path, default=default, metavar="DIR", help="default: %(default)s")
         bench.add_argument("--quick", action="store_true", help="as little as possible, to see that it runs")
-        if name in ("snapshot", "step", "restore", "edge"):
+        if name in ("snapshot", "step", "restore", "edge", "recovery"):
             bench.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: %(default)s")
         if name in ("step", "restore", "edge", "gpu"):
             text = "with two or more, DDP and FSDP2 on as many processes, too; default: 1"
             bench.add_argument("--ranks", type=int, default=1, metavar="N", help=text)
+        if name == "recovery":
+            text = "with two or more, under FSDP2; default: 2"
+            bench.add_argument("--ranks", type=int, default=2, metavar="N", help=text)
         if name == "scale":
             bench.add_argument("--link", type=float, metavar="GB/S", help="from device to host; default: 50, as stated")
         bench.set_defaults(run=_bench_engine, name=name)

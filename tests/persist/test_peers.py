@@ -315,9 +315,9 @@ def test_refusals_after_a_copy_leave_its_moment_on_the_other_ranks(tmp_path: Pat
 
 
 STEPPING: dict[str, tuple[Case, dict[str, Any], tuple[int, ...]]] = {
-    "deferred": (Case("fsdp2", draws=False, scheduler=True), {"decision": "deferred"}, (8,)),
-    "every third": (Case("fsdp2", scheduler=True), {"every": 3}, (9,)),
-    "shadow": (Case("ddp", scheduler=True), {"shadow": True}, (8,)),
+    "deferred": (Case("fsdp2", draws=False, scheduler=True, steps=17), {"decision": "deferred"}, (8,)),
+    "every third": (Case("fsdp2", scheduler=True, steps=17), {"every": 3}, (9,)),
+    "shadow": (Case("ddp", scheduler=True, steps=17), {"shadow": True}, (8,)),
 }
 """Case, settings, and the moments that may be the newest good one when rank 1 dies in the step of attempt 11."""
 
