@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import sys
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -17,12 +16,10 @@ from dist_stability.diagnostics.blocks import NoBlocks, candidates, hint, named_
 from dist_stability.diagnostics.calibration import Calibrator, NotCalibrated
 from dist_stability.diagnostics.calibration import load as load_calibrator
 from dist_stability.diagnostics.command.factories import Factories, FactoryError, add_options, load
-from dist_stability.diagnostics.command.frame import add_out, at_least, command_line
+from dist_stability.diagnostics.command.frame import add_out, at_least, command_line, told
 from dist_stability.diagnostics.preflight import SCORE, Preflight, preflight
-from dist_stability.errors import LockstepError
 from dist_stability.experiments.progress import Progress
 from dist_stability.report.events import to_json
-from dist_stability.report.extras import MissingExtra, import_extra
 from dist_stability.report.versions import versions
 from dist_stability.snapshot.rng import forked
 
@@ -44,25 +41,26 @@ def add_preflight(kinds: Any) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Run the command; returns the exit status. Under torchrun every rank calls it."""
-    rank = int(os.environ.get("RANK", 0))
-    try:
-        import_extra("matplotlib.figure", "the report's figures")  # known before the work, not after
-        calibrator = _calibrator(options)
-        factories = load(options, at_least("batches", options.batches, 1))
-        _check_blocks(factories, options.blocks)
-        if rank == 0:
-            options.out.mkdir(parents=True, exist_ok=True)
-        found, facts = _look(factories, options, calibrator)
-    except (MissingExtra, LockstepError, ValueError, OSError) as error:
-        print(f"dist-stability: error: rank {rank}: {error}", file=sys.stderr, flush=True)
-        return 1
-    if rank == 0:
-        from dist_stability.report.preflight import write
+    return told(_diagnose, options)
 
-        write(found, options.out, facts, command_line())
-        print(found.text())
-        print(options.out / "report.html")
-    return 0
+
+def _diagnose(options: argparse.Namespace) -> str | None:
+    rank = int(os.environ.get("RANK", 0))
+    calibrator = _calibrator(options)
+    factories = load(options, at_least("batches", options.batches, 1))
+    _check_blocks(factories, options.blocks)
+    if rank == 0:
+        try:
+            options.out.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise FactoryError(f"--out {options.out}: cannot be made ({type(error).__name__}: {error})") from error
+    found, facts = _look(factories, options, calibrator)
+    if rank != 0:
+        return None
+    from dist_stability.report.preflight import write
+
+    write(found, options.out, facts, command_line())
+    return found.text()
 
 
 def _look(
@@ -74,7 +72,7 @@ def _look(
         with Progress(_PARTS + search * _RATES, f"preflight of {options.model}", shown=here.rank == 0) as progress:
             done = 0
 
-            def told(line: str) -> None:
+            def tell(line: str) -> None:
                 nonlocal done
                 done += 1
                 progress.advance(min(done, _PARTS + search * _RATES), line)
@@ -90,7 +88,7 @@ def _look(
                 calibrator=calibrator,
                 family=options.family,
                 seed=factories.seed,
-                told=told,
+                told=tell,
             )
     facts: dict[str, Any] = {**factories.settings, "blocks": options.blocks, "family": options.family or None}
     facts |= {"calibration": None if calibrator is None else to_json(asdict(calibrator)), **versions()}
