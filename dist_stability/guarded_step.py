@@ -88,6 +88,7 @@ class GuardedStep:
             parts.vote,
             replica_check_every > 0,
             reload,
+            parts.shaping is not None,
             self._identify_batch,
         )
         self._edge = None if parts.edge is None else EdgeWatch(parts.edge, parts)
@@ -375,8 +376,12 @@ class GuardedStep:
         return verdict
 
     def _tell(self, attempt: Attempt, verdict: Verdict, decision: Decision, cadence: str | None = None) -> None:
+        self.tell({**event_of(attempt, verdict, decision, self._ledger.steps), "cadence": cadence})
+
+    def tell(self, event: dict[str, Any]) -> None:
+        """Tell whoever listens."""
         if self._on_event is not None:
-            self._on_event({**event_of(attempt, verdict, decision, self._ledger.steps), "cadence": cadence})
+            self._on_event(event)
 
     def _record_cadence(self, attempt: Attempt, verdict: Verdict, decision: Decision) -> str | None:
         innovation, bound, fraction = verdict.innovation, verdict.bound, None

@@ -62,6 +62,7 @@ class Settlement:
         vote: Of this controller.
         compare_replicas: A restore compares the restored bits over replicas.
         reload: Loads the last persisted state on all ranks, or None.
+        can_shape: There is spectral shaping that the ladder could switch on.
         identify_batch: Content digest of the batch of an attempt, agreed by all ranks; None where it is not known.
     """
 
@@ -77,13 +78,14 @@ class Settlement:
         vote: Vote,
         compare_replicas: bool,
         reload: Callable[[], int | None] | None,
+        can_shape: bool,
         identify_batch: Callable[[Attempt], int | None],
     ) -> None:
         """Remember the parts."""
         self._recovery, self._judging, self._panel, self._ladder = recovery, judging, panel, ladder
         self._guarantees, self._ledger, self._veto, self._vote = guarantees, ledger, veto, vote
         self._compare_replicas, self._reload_state = compare_replicas, reload
-        self._identify_batch = identify_batch
+        self._can_shape, self._identify_batch = can_shape, identify_batch
 
     def settle(self, attempt: Attempt, decision: Decision) -> Outcome:
         """Do what was decided.
@@ -209,6 +211,7 @@ class Settlement:
             alone=alone,
             anchors=len(self._recovery.ring.older),
             can_reload=self._reload_state is not None,
+            can_shape=self._can_shape,
             # With unjudged steps in the proposal any of their batches may be guilty; the replay will tell.
             batch=self._identify_batch(attempt) if alone else None,
         )

@@ -11,6 +11,7 @@ from torch.optim import Optimizer
 
 from . import parallel
 from .cadence import Cadence
+from .diagnostics.kss import SpectralShaping
 from .diagnostics.monitor import EdgeOfStabilityMonitor
 from .diagnostics.update_rule import UpdateRule
 from .rules import Rule
@@ -19,6 +20,9 @@ from .signals import LossProbe
 from .snapshot.tiers.checkpoints import Checkpoints
 from .snapshot.tiers.peers import PeerCopies
 from .snapshot.tiers.shared_memory import SharedMemory
+
+SHAPING = "spectral shaping"
+"""Its name in the extra state."""
 
 MODES = ("enforce", "observe")
 PROBE_ON = ("rank0", "mean")
@@ -52,6 +56,27 @@ def check_optimizers(optimizer: Optimizer | Iterable[Optimizer]) -> tuple[Optimi
     if len({id(each) for each in optimizers}) != len(optimizers):
         raise ValueError("optimizer: the same optimizer is listed twice")
     return optimizers
+
+
+def check_shaping(shaping: Any, model: nn.Module, extra_state: Any, mode: str) -> dict[str, Any]:
+    """Spectral shaping for the ladder; returns ``extra_state`` with it.
+
+    Raises:
+        TypeError: Something else.
+        ValueError: Of another model, given twice, or in observe mode, where there is no ladder to switch it on.
+    """
+    given = {} if extra_state is None else extra_state
+    if shaping is None or not isinstance(given, Mapping):
+        return given
+    if not isinstance(shaping, SpectralShaping):
+        raise TypeError(f"shaping: expected SpectralShaping(model, ...) or None, got {_kind(shaping)}")
+    if shaping.model is not model:
+        raise ValueError("shaping: it was made for another model; give both the one that the loop calls")
+    if any(value is shaping for value in given.values()) or SHAPING in given:
+        raise ValueError(f"extra_state: leave out {SHAPING!r}; shaping= has it")
+    if mode != "enforce":
+        raise ValueError(f"shaping: mode={mode!r} never acts, so it would never be switched on; leave it out")
+    return {**given, SHAPING: shaping}
 
 
 def check_parts(

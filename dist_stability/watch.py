@@ -21,6 +21,7 @@ from typing import TypeVar
 import torch.distributed as dist
 
 PHASES = (
+    "preflight",
     "training",
     "gradients",
     "veto vote",

@@ -8,6 +8,7 @@ that predict about as well. docs/preflight.md says how to read it.
 from __future__ import annotations
 
 import math
+import re
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -39,13 +40,17 @@ _PLAIN = (
     "edge."
 )
 _LIMITS = (
-    "The probe takes Adam steps in evaluation mode, without warmup, weight decay or gradient clipping: it does not see "
-    "what a warmup saves or clipping prevents, nor anything that happens later than its steps reach.",
-    "It was measured on small GPTs (up to 0.43 million parameters, 60 to 80 steps, on the CPU). Right at their edge it "
+    "The probe takes Adam steps (betas 0.9 and 0.999, epsilon 1e-8) in evaluation mode, without warmup, weight decay "
+    "or gradient clipping: it does not see what a warmup saves or clipping prevents, nor what happens later than its "
+    "steps reach.",
+    "It was measured on small GPTs (up to 0.43 million parameters, 60 steps, on the CPU). Right at their edge it "
     "does not tell normalized models apart (AUROC 0.65 and 0.78 at one rate).",
     "The edge is an estimate: found up to 1.5 times too high without normalization, up to 2.2 times too low with it. A "
     "rate that does not diverge need not be one that learns well.",
 )
+
+
+_ADAM = re.compile(r"(?<![RN])AdamW?(?=$|\d|_)")
 
 
 class Level(StrEnum):
@@ -190,8 +195,11 @@ def _wrong(lr: float, batches: Sequence[Any], rank: int) -> ValueError | None:
 
 
 def takes_adam_steps(optimizer: Optimizer) -> bool:
-    """Whether the probe's virtual steps are those of this optimizer, told by its name (fused and 8-bit ones, too)."""
-    return "adam" in type(optimizer).__name__.lower()
+    """Whether the probe's virtual steps are those of this optimizer, told by its name.
+
+    Adam and AdamW, also fused and 8-bit ones; not RAdam, NAdam, Adamax and others that scale their steps otherwise.
+    """
+    return _ADAM.search(type(optimizer).__name__) is not None
 
 
 def _level(
@@ -264,9 +272,13 @@ def _grounds(
 def _walked(risk: lr_probe.Risk) -> str:
     steps = len(risk.losses) - 1
     return (
-        f"{steps} virtual steps at {risk.lr:.3g}: loss {risk.losses[0]:.4g} to at most {max(risk.losses):.4g}, "
-        f"gradient norm at most {max(risk.gradient_norms):.4g}"
+        f"{steps} virtual steps at {risk.lr:.3g}: loss {risk.losses[0]:.4g} to at most "
+        f"{_worst(risk.losses):.4g}, gradient norm at most {_worst(risk.gradient_norms):.4g}"
     )
+
+
+def _worst(values: Sequence[float]) -> float:
+    return max(values) if all(map(math.isfinite, values)) else math.inf
 
 
 def _chance(risk: lr_probe.Risk | None, calibrator: Calibrator | None, family: str) -> str:

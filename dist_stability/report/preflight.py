@@ -34,11 +34,10 @@ def write(found: Preflight, out: Path, facts: Mapping[str, Any], command: str) -
 
     Args:
         found: The report.
-        out: The folder; made if it is not there.
+        out: The folder.
         facts: Settings and versions, JSON-able.
         command: That makes it again.
     """
-    out.mkdir(parents=True, exist_ok=True)
     title = "Preflight"
     subtitle = f"{facts.get('model', '')}, learning rate {found.lr:.3g}"
     pictures = {

@@ -93,6 +93,11 @@ class SlotRing:
         self._let_go()
         self._release_unused()
 
+    def adopt(self, slot: Slot) -> None:
+        """Make a published slot the safe one that this process has not filled; every other state is given up."""
+        self._safe, self._before, self.anchors = None, None, []
+        self.commit(slot)
+
     def hold(self, slot: Slot) -> None:
         """Somebody reads this slot: it is not filled again before as many calls of :meth:`drop`.
 

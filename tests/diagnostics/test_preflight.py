@@ -16,7 +16,8 @@ from torch import Tensor
 from dist_stability import parallel
 from dist_stability.diagnostics import lr_probe, rksp
 from dist_stability.diagnostics.calibration import Calibrator
-from dist_stability.diagnostics.preflight import MARGIN, SCORE, Level, Preflight, preflight
+from dist_stability.diagnostics.preflight import MARGIN, SCORE, Level, Preflight, preflight, takes_adam_steps
+from dist_stability.diagnostics.preflight import _level as level_of
 from dist_stability.report.events import to_json
 
 FAMILY = "small GPT without normalization, AdamW"
@@ -62,6 +63,24 @@ def test_without_a_search_the_rate_and_twice_the_rate_decide() -> None:
     assert looked("none", 0.3, search=False).level is Level.HIGH
 
 
+@pytest.mark.parametrize(
+    ("score", "margin", "edge", "level"),
+    [
+        (-1.0, -1.0, None, Level.LOW),
+        (0.0, -1.0, None, Level.HIGH),
+        (-1.0, 0.0, None, Level.RAISED),
+        (-1.0, -1.0, 0.09, Level.HIGH),  # sixteen steps see more than eight
+        (-1.0, -1.0, 0.15, Level.RAISED),
+        (-1.0, -1.0, 0.25, Level.LOW),
+        (math.inf, math.inf, 0.25, Level.HIGH),
+    ],
+)
+def test_the_worst_of_what_was_seen_decides(score: float, margin: float, edge: float | None, level: Level) -> None:
+    risk, twice = (lr_probe.Risk(lr, each, (1.0,), (1.0,)) for lr, each in ((0.1, score), (0.2, margin)))
+    search = None if edge is None else lr_probe.Search(edge, 1.05 * edge, ())
+    assert level_of(0.1, risk, twice, search) is level
+
+
 def test_even_the_lowest_rate_may_be_too_risky_and_the_highest_safe() -> None:
     high = looked("none", 20.0)
     assert high.level is Level.HIGH and high.recommended is None and "too risky" in high.verdict
@@ -75,6 +94,18 @@ def test_an_optimizer_that_takes_no_adam_steps_gets_no_verdict() -> None:
     found = preflight(model, loss, [ids(4, 32)], 100.0, optimizer=torch.optim.SGD(model.parameters(), lr=100.0))
     assert found.level is Level.UNKNOWN and found.risk is None and found.search is None
     assert "No verdict" in found.verdict and len(found.profile.blocks) == 2
+
+
+@pytest.mark.parametrize(
+    ("name", "is_one"),
+    [
+        *((name, True) for name in ("Adam", "AdamW", "FusedAdam", "DeepSpeedCPUAdam", "PagedAdamW32bit", "Adam8bit")),
+        *((name, False) for name in ("SGD", "RAdam", "NAdam", "Adamax", "AdaMuon", "AdamuonW", "Adafactor", "Muon")),
+    ],
+)
+def test_which_optimizers_take_the_steps_of_the_probe(name: str, is_one: bool) -> None:
+    optimizer = type(name, (torch.optim.SGD,), {})([torch.zeros(1, requires_grad=True)], lr=0.1)
+    assert takes_adam_steps(optimizer) is is_one
 
 
 def test_the_words_name_the_baselines_and_the_limits() -> None:

@@ -106,6 +106,17 @@ def test_what_is_wrong_is_named_before_anything_runs(
     assert words in said and "rank 0" in said and not (tmp_path / "out").exists()
 
 
+def test_a_folder_that_cannot_be_made_is_found_out_before_the_work(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").write_text("")
+    out = str(tmp_path / "file" / "out")
+    assert main(["diagnose", "preflight", *EXAMPLE, "--lr", "0.1", "--out", out]) == 1
+    said = capsys.readouterr()
+    assert "NotADirectory" in said.err or "Not a directory" in said.err
+    assert "score" not in said.out
+
+
 def pairs() -> list[Any]:
     import torch
 

@@ -121,10 +121,24 @@ def _edge(summary: Mapping[str, Any], where: str) -> Any:
     )
 
 
+def _recovery(summary: Mapping[str, Any], where: str) -> Any:
+    groups = {
+        size: {way: each["over memcpy"]["median"] for way, each in found["ways"].items()}
+        for size, found in summary["sizes"].items()
+    }
+    return bars(
+        groups,
+        title="A restart has its state back, over a memcpy of as many bytes",
+        subtitle=where,
+        axis="time / memcpy",
+    )
+
+
 FIGURES: dict[str, Callable[[Mapping[str, Any], str], Any]] = {
     "snapshot": _snapshot,
     "restore": _restore,
     "step": _step,
     "edge": _edge,
     "scale": _scale,
+    "recovery": _recovery,
 }

@@ -50,8 +50,10 @@ def run(options: argparse.Namespace) -> int:
         calibrator = _calibrator(options)
         factories = load(options, at_least("batches", options.batches, 1))
         _check_blocks(factories, options.blocks)
+        if rank == 0:
+            options.out.mkdir(parents=True, exist_ok=True)
         found, facts = _look(factories, options, calibrator)
-    except (FactoryError, NoBlocks, NotCalibrated, MissingExtra, LockstepError, ValueError) as error:
+    except (MissingExtra, LockstepError, ValueError, OSError) as error:
         print(f"dist-stability: error: rank {rank}: {error}", file=sys.stderr, flush=True)
         return 1
     if rank == 0:
