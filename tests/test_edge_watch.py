@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from typing import Any
 
@@ -20,6 +21,7 @@ from dist_stability.escalation import Ladder
 from dist_stability.rungs import Escalation, Refusal, Rung
 from dist_stability.snapshot import HostWork, Slot, SlotRing, StatePlan, copier
 from dist_stability.testing import FaultInjector, Outcome, assert_golden_twin, capture_state, compare
+from dist_stability.verdict import Judgement
 
 OFTEN = EdgeSettings(margin_every=2, remeasure_every=1)
 ALWAYS_OVER = replace(OFTEN, edge_margin=1e-9, overdriven_margin=2e-9, runaway_margin=1e9, repeat=10)
@@ -166,8 +168,10 @@ def test_at_the_edge_nothing_is_done_ever() -> None:
 SPIKE = range(40, 50)
 
 
-def poisoned(rank: int, world: int, mode: str, options: dict[str, Any]) -> tuple[list[dict[str, Any]], list[int]]:
-    case = Case(mode, steps=110, lr=1e-3, draws=False, scheduler=True)
+def poisoned(
+    rank: int, world: int, mode: str, scheduler: bool, options: dict[str, Any]
+) -> tuple[list[dict[str, Any]], list[int]]:
+    case = Case(mode, steps=110, lr=1e-3, draws=False, scheduler=scheduler)
     kept: list[dict[str, Any]] = []
 
     def run(skip: frozenset[int], guarded: bool) -> Outcome:
@@ -184,9 +188,15 @@ def poisoned(rank: int, world: int, mode: str, options: dict[str, Any]) -> tuple
     return kept, sorted(outcome.dropped)
 
 
-@pytest.mark.parametrize(("mode", "options"), [("ddp", {}), ("fsdp2", {"shadow": True})])
-def test_a_poisoned_optimizer_goes_back_behind_the_spike(two: harness.Pool, mode: str, options: dict[str, Any]) -> None:
-    first, second = two.run(poisoned, mode, options, timeout=300)
+@pytest.mark.parametrize(
+    ("mode", "scheduler", "options"),
+    # A schedule moves the learning rate all the time, which is no new regime.
+    [("ddp", False, {}), ("fsdp2", True, {"shadow": True})],
+)
+def test_a_poisoned_optimizer_goes_back_behind_the_spike(
+    two: harness.Pool, mode: str, scheduler: bool, options: dict[str, Any]
+) -> None:
+    first, second = two.run(poisoned, mode, scheduler, options, timeout=300)
     events, dropped = first
     assert told(events) == told(second[0]) and dropped == second[1]
     back = [event for event in events if event["edge"] is not None and event["edge"]["acted"]]
@@ -200,6 +210,43 @@ def test_a_poisoned_optimizer_goes_back_behind_the_spike(two: harness.Pool, mode
     assert size[at] < 0.2 * size[SPIKE[0] - 1] and size[at + 1] > 0.5 * size[SPIKE[0] - 1]
     assert told(events)[-1]["state"] != EdgeState.POISONED
     assert not any(event["action"] != "commit" for event in events if event["attempt"] > at)
+
+
+class RefusesAfter:
+    """Lets so many steps pass and none after them: refusals come in the way of a collapse that has begun."""
+
+    bounded = False
+
+    def __init__(self, commits: int) -> None:
+        self.commits, self.most = 0, commits
+
+    def judge(self, measurement: float, gradient_norm: float | None = None) -> Judgement:
+        return Judgement(self.commits < self.most, 0.0, math.inf, "so many", evidence=math.inf)
+
+    def commit(self, measurement: float, gradient_norm: float | None = None) -> None:
+        self.commits += 1
+
+    def reject(self, measurement: float, gradient_norm: float | None = None) -> None:
+        return None
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"commits": self.commits}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.commits = state["commits"]
+
+
+def test_a_collapse_is_seen_in_steps_that_are_refused_too() -> None:
+    injector = FaultInjector.parse([f"gradient-scale:step={step},factor=300" for step in SPIKE])
+    settings = EdgeSettings(collapse=0.4, patience=12)
+    case = Case(steps=80, lr=1e-3, draws=False)
+    _, events = watched(case, 0, 1, settings, rule=RefusesAfter(67), injector=injector, trend=None)
+    back = [event for event in events if event["edge"]["acted"]]
+    assert [(event["action"], event["rung"]) for event in back] == [("deep_rollback", "deep_rollback")]
+    refused = [event["attempt"] for event in events if event["action"] == "rollback"]
+    assert refused and refused[-1] + 1 == back[0]["attempt"], "some of the evidence was in refused steps"
+    # What the rule knew then holds again: it lets steps pass.
+    assert {event["action"] for event in events if event["attempt"] > back[0]["attempt"]} == {"commit"}
 
 
 # ---------------------------------------------------------------------- agreement and checkpoints
