@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from .attempt import Attempt, Decision, event_of
+from .edge_watch import EdgeWatch
 from .errors import LockstepError, StabilityError
 from .judging import Judging, Question
 from .learning_rate import announced
@@ -87,8 +88,10 @@ class GuardedStep:
             parts.vote,
             replica_check_every > 0,
             reload,
+            parts.shaping is not None,
             self._identify_batch,
         )
+        self._edge = None if parts.edge is None else EdgeWatch(parts.edge, parts)
         self.verdict: Verdict | None = None
         self.pending: Question | None = None
         self.replay: Replay | None = None
@@ -270,6 +273,8 @@ class GuardedStep:
         if self._deferred and attempt.judged and not attempt.vetoed and not attempt.overflow:
             return self._defer(attempt)
         decision = self._decide(attempt)
+        if self._edge is not None:
+            decision = self._edge.look(attempt, decision)
         outcome = self._settle(attempt, decision)
         # After a refusal the scaler is as it was before; a shorter step is taken from that state, too.
         if attempt.scaler is not None and outcome.action in (Action.COMMIT, Action.UNJUDGED, Action.SCALER_SKIP):
@@ -371,8 +376,12 @@ class GuardedStep:
         return verdict
 
     def _tell(self, attempt: Attempt, verdict: Verdict, decision: Decision, cadence: str | None = None) -> None:
+        self.tell({**event_of(attempt, verdict, decision, self._ledger.steps), "cadence": cadence})
+
+    def tell(self, event: dict[str, Any]) -> None:
+        """Tell whoever listens."""
         if self._on_event is not None:
-            self._on_event({**event_of(attempt, verdict, decision, self._ledger.steps), "cadence": cadence})
+            self._on_event(event)
 
     def _record_cadence(self, attempt: Attempt, verdict: Verdict, decision: Decision) -> str | None:
         innovation, bound, fraction = verdict.innovation, verdict.bound, None
@@ -400,6 +409,8 @@ class GuardedStep:
             "history of verdicts": self._ledger.history,
             "loaded checkpoint": self._ledger.loaded,
         }
+        if self._edge is not None:
+            fields["edge of stability"] = self._edge.standing
         if gradients.caller_norm is not None:
             fields["gradient norm"] = bits(gradients.caller_norm)
         return fields

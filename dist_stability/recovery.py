@@ -86,7 +86,7 @@ class Recovery:
         self.ring = SlotRing(anchors, Copier(), spare, source)
         self._shadows = [Shadow() for _ in range(shadows)]
         # What an attempt that follows unjudged ones would be undone to by a veto; a rollback goes further back.
-        self._scratch = ForwardState(model)
+        self._scratch = ForwardState(model, self._extra_state)
         self._forward = self._scratch
         self._entry: EntryState | None = None
         self._held: Slot | None = None
@@ -126,7 +126,7 @@ class Recovery:
         else:
             slot = self.ring.safe if self._held is None else self._held
             if slot.forward is None:
-                slot.forward = ForwardState(self._model)
+                slot.forward = ForwardState(self._model, self._extra_state)
             self._forward = slot.forward
         self._forward.capture()
 
@@ -277,10 +277,10 @@ class Recovery:
     # ------------------------------------------------------------------ undo
 
     def undo_forward(self, scaler: Any) -> None:
-        """A veto: the step was a no-op; take back the forward's RNG draws, its buffers, and the scaler's unscaling."""
-        self._forward.restore()
+        """A veto: the step was a no-op; take back what the forward has moved, and the scaler's unscaling."""
         if scaler is not None and self._entry is not None:
             self._entry.restore(self._optimizers, scaler, self._extra_state)
+        self._forward.restore()  # last: what a forward moves was captured before it, the entry after it
 
     def restore(self, attempt: Attempt, wanted: Slot, vote: Vote, guarantees: Guarantees, replicas: bool) -> Slot:
         """Bring every rank back to ``wanted``, or to the newest older slot that is sound on all of them.

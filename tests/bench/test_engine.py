@@ -18,6 +18,7 @@ from dist_stability.bench.engine import arms, states, timing
 from dist_stability.bench.engine.arms import SMALL_WORK, Guarded, Plain, Reference, make_loops
 from dist_stability.bench.engine.command import bench
 from dist_stability.bench.engine.counting import allocations, counting, made_groups
+from dist_stability.bench.engine.edge import LEVELS
 from dist_stability.bench.engine.keepers import KEEPERS, make_keepers
 from dist_stability.bench.engine.ranks import RanksFailed, run_job
 from dist_stability.bench.engine.recovery import _start, with_ratios
@@ -271,6 +272,7 @@ def one_thread() -> Iterator[None]:
 KEYS = {
     "snapshot": {"host_ms_per_snapshot", "bytes_over_payload", "allocations_after_warmup", "rivals", "sizes"},
     "restore": {"restore_over_limit", "rollback_over_limit", "rivals", "sizes", "rollback"},
+    "edge": {"monitor_over_plain", "modes"},
     "step": {
         "overhead_ratio",
         "collectives_per_step",
@@ -280,6 +282,16 @@ KEYS = {
         "modes",
     },
 }
+
+
+@pytest.mark.parametrize("mode", ["single", "ddp"])
+def test_the_monitor_split_by_level(mode: str) -> None:
+    found = run_job("edge", mode, 2, CPU, True)
+    assert set(found["levels"]) == set(LEVELS)
+    # Twenty steps of a round: a look at each step, the margin not due within 50.
+    assert found["measured"]["level 0: ratio"] == found["measured"]["level 0: moments"] == 2 * 20
+    total = sum(level["median"] for level in found["levels"].values())
+    assert 0.0 < total == pytest.approx(found["monitor_over_plain"]["median"]) and found["first_margin_steps"] > 1.0
 
 
 @pytest.mark.parametrize("name", KEYS)
@@ -292,7 +304,8 @@ def test_a_quick_run(name: str, tmp_path: Path, one_thread: None, capsys: pytest
     assert set(summary) >= KEYS[name] | {"machine", "quick"} and summary["quick"] is True
     assert summary["machine"]["threads"] == 1 and summary["machine"]["torch"] == torch.__version__
     text = (out / "tables.md").read_text()
-    assert "no figure here means anything" in text and "clone + deepcopy" in text and "1 threads" in text
+    assert "no figure here means anything" in text and "1 threads" in text
+    assert ("clone + deepcopy" in text) == (name != "edge")
     assert (out / f"{name}.png").read_bytes().startswith(b"\x89PNG")
     assert "<table>" in (out / "report.html").read_text()
     said = capsys.readouterr().out
@@ -374,7 +387,7 @@ def test_without_a_gpu(words: list[str], tmp_path: Path, capsys: pytest.CaptureF
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_everything_on_a_gpu(tmp_path: Path) -> None:
     assert main(["bench", "gpu", "--quick", "--out", str(tmp_path)]) == 0
-    assert set(read_json(tmp_path / "summary.json")) == {"snapshot", "step", "restore", "scale"}
+    assert set(read_json(tmp_path / "summary.json")) == {"snapshot", "step", "restore", "edge", "scale"}
 
 
 def test_the_command_line_knows_the_parts() -> None:

@@ -12,7 +12,7 @@ from edge_models import build, data, loss_fn
 from torch import Tensor, nn
 
 from dist_stability import FixedInnovation, LossProbe, StabilityController
-from dist_stability.diagnostics.edge import EdgeReading, EdgeState
+from dist_stability.diagnostics.edge import EdgeReading, EdgeSettings, EdgeState
 from dist_stability.diagnostics.monitor import EdgeOfStabilityMonitor
 from dist_stability.diagnostics.sharpness import Sharpness
 from dist_stability.parallel import clip_grad_norm_
@@ -98,7 +98,7 @@ def test_a_poisoned_adam_is_seen_although_the_loss_looks_fine() -> None:
     effective, rms = EffectiveStep(), UpdateRms()
     held = torch.randn(64, 8)
     losses, found = [], []
-    for step in range(140):
+    for step in range(150):
         x = torch.randn(32, 8)
         optimizer.zero_grad()
         F.cross_entropy(model(x), x[:, :3].argmax(1)).backward()
@@ -111,7 +111,7 @@ def test_a_poisoned_adam_is_seen_although_the_loss_looks_fine() -> None:
             losses.append(float(F.cross_entropy(model(held), held[:, :3].argmax(1))))
     assert {each.state for each in found[:110]} == {EdgeState.STABLE}
     poisoned = next(step for step, each in enumerate(found) if each.state is EdgeState.POISONED)
-    assert poisoned < 130 and found[poisoned].rung is Rung.DEEP_ROLLBACK
+    assert poisoned < 145 and found[poisoned].rung is Rung.DEEP_ROLLBACK
     assert max(losses[100:]) < losses[99] + 0.5  # the bar of the published controller
 
 
@@ -120,7 +120,8 @@ def watched(rank: int, world: int, mode: str) -> tuple[list[float], int, int]:
     images, rhos, print_ = [], [], 0
     for watching in (False, True):
         job = build(mode, rank, world, "sgd", noise=world > 1 and mode != "tp")
-        monitor = EdgeOfStabilityMonitor(Sharpness(job.model, job.optimizer, loss_fn, [job.batch]))
+        sharpness = Sharpness(job.model, job.optimizer, loss_fn, [job.batch])
+        monitor = EdgeOfStabilityMonitor(sharpness, EdgeSettings(first_margin=1))
         signal = DirectionalRatio(job.model, loss_fn, partial(getattr, job, "batch"), every=2)
         for step in range(4):
             job.optimizer.zero_grad()

@@ -1,4 +1,4 @@
-"""``dist-stability bench snapshot | step | restore | scale | recovery | gpu``: measure, write what a person reads."""
+"""``dist-stability bench snapshot|step|restore|edge|scale|recovery|gpu``: measure, write what a person reads."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from dist_stability.bench.engine.snapshot import snapshot
 from dist_stability.bench.engine.step import headline
 from dist_stability.report.events import write_json
 
-PARTS = ("snapshot", "step", "restore", "scale")
+PARTS = ("snapshot", "step", "restore", "edge", "scale")
 
 
 def bench(
@@ -36,8 +36,9 @@ def bench(
         out: The folder.
         quick: Far too little for a figure; the same code.
         device: "auto", "cpu" or "cuda".
-        ranks: Of ``step`` and ``restore``: with two or more, DDP and FSDP2 are measured on as many processes, too. Of
-            ``recovery``: with two or more under FSDP2.
+        ranks: Of ``step``, ``restore`` and ``edge``: with two or more, DDP and FSDP2 are measured on as many processes,
+            too.
+            Of ``recovery``: with two or more under FSDP2.
         link: Of ``scale``: GB/s from device to host; default: stated.
 
     Returns:
@@ -91,13 +92,15 @@ def _run(name: str, device: torch.device, ranks: int, quick: bool, link: float |
         return scale(quick, link)
     if name == "recovery":
         return recovery(device, ranks, quick)
-    job = "step" if name == "step" else "rollback"
+    job = "rollback" if name == "restore" else name
     found = {mode: run_job(job, mode, ranks, device, quick) for mode in modes}
     for mode, each in found.items():
         each["ranks"] = 1 if mode == "single" else ranks
     if name == "step":
         return {"modes": found, **headline(found)}
     last = found[modes[-1]]
+    if name == "edge":
+        return {"modes": found, "monitor_over_plain": last["monitor_over_plain"]["median"]}
     return {
         **restore(device, quick),
         "rollback": found,

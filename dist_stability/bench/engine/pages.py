@@ -127,6 +127,22 @@ def _step(summary: Mapping[str, Any]) -> list[Section]:
     return sections
 
 
+def _edge(summary: Mapping[str, Any]) -> list[Section]:
+    rows = []
+    for mode, found in summary["modes"].items():
+        for level, ratio in found["levels"].items():
+            rows.append([mode, level, found["measured"][level], shown(ratio)])
+        rows.append([mode, "together", "", shown(found["monitor_over_plain"])])
+    last = list(summary["modes"].values())[-1]
+    note = (
+        "Over a whole plain step (forward, backward, optimizer), in processor time, on CUDA in wall time; "
+        f"{last['steps']} steps. The first margin comes once and takes {last['first_margin_products']} products: "
+        f"{last['first_margin_steps']:.3g} plain steps. The state machine is not in it: microseconds."
+    )
+    columns = ["mode", "part", "looks", "over plain"]
+    return [Section("The monitor of the edge of stability, by level", note, columns, rows)]
+
+
 _PARTS = ("probe", "vote", "copy")
 
 
@@ -188,6 +204,7 @@ SECTIONS: dict[str, Callable[[Mapping[str, Any]], list[Section]]] = {
     "snapshot": _snapshot,
     "restore": _restore,
     "step": _step,
+    "edge": _edge,
     "scale": _scale,
     "recovery": _recovery,
 }

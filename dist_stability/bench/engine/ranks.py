@@ -14,12 +14,19 @@ from typing import Any
 
 import torch
 
+from dist_stability.bench.engine.edge import edge
 from dist_stability.bench.engine.restore import rollback
 from dist_stability.bench.engine.step import step
+from dist_stability.experiments.restrained.sharded_run import sharpness
 from dist_stability.experiments.wrapping import Processes, processes
 from dist_stability.report.events import read_json, write_json
 
-JOBS: dict[str, Callable[[Processes, str, bool], dict[str, Any]]] = {"step": step, "rollback": rollback}
+JOBS: dict[str, Callable[[Processes, str, bool], dict[str, Any]]] = {
+    "step": step,
+    "rollback": rollback,
+    "sharpness": sharpness,
+    "edge": edge,
+}
 MODES = ("single", "ddp", "fsdp2")
 LIMIT_SECONDS = 900.0
 LOG_LINES = 30
