@@ -95,7 +95,7 @@ class SlotRing:
 
     def adopt(self, slot: Slot) -> None:
         """Make a published slot the safe one that this process has not filled; every other state is given up."""
-        self._safe, self._before, self.anchors = None, None, []
+        self._safe, self._before, self._pinned, self.anchors = None, None, None, []
         self.commit(slot)
 
     def hold(self, slot: Slot) -> None:

@@ -170,6 +170,30 @@ def test_killed_at_any_phase(mode: str, killed: tuple[str, int, int, int], tmp_p
     assert all(f"resumed at attempt {made} from shared memory (job test" in line for line in lines)
 
 
+def flipped(rank: int, world: int, case: Case, folder: str) -> None:
+    """Resume, while a bit of what rank 1 sends the others flips after its digest was compared."""
+    setup = zoo.build(case, rank, world)
+    controller = zoo.control(case, setup, persist=SharedMemory("test", folder), timeout=10.0)
+
+    def flip(attempt: int, phase: str) -> None:
+        if phase == "restore" and rank == 1 and not calls:
+            calls.append(attempt)
+            [slot] = [slot for slot in controller._recovery.ring._slots if slot.state == "complete"]
+            slot.memory.data[0] ^= 1
+
+    calls: list[int] = []
+    controller.add_phase_listener(flip)
+    controller.resume()
+
+
+def test_what_comes_over_a_link_is_checked_when_it_is_there(tmp_path: Path) -> None:
+    pool = harness.pool(2)
+    pool.run(run, Case("ddp"), str(tmp_path), {}, (1, "step", 8, 0, "SIGKILL"), expect_failure=True, grace=5.0)
+    for error in pool.run(flipped, Case("ddp"), str(tmp_path), expect_failure=True):
+        assert error.type == "LockstepError" and "resume at attempt 8 failed on rank 0" in error.message, error
+        assert "is not what was committed" in error.message and "start the job without resume" in error.message
+
+
 def test_left_without_goodbye(tmp_path: Path) -> None:
     made, _ = died_and_resumed(Case("ddp"), tmp_path, (0, "vote", 8, 0, "_exit"))
     assert made == 8

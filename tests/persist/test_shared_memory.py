@@ -295,6 +295,21 @@ def test_a_death_while_the_slot_is_taken_over(when: int, tmp_path: Path) -> None
     assert ours(tmp_path) == []
 
 
+def test_an_interrupted_take_over_leaves_nothing_behind(tmp_path: Path) -> None:
+    Run(tmp_path).steps(0, 9).end()
+    run = Run(tmp_path)
+
+    def interrupt(attempt: int, phase: str) -> None:
+        if phase == "copy" and len({path.stat().st_ino for path in ours(tmp_path)}) < len(ours(tmp_path)):
+            raise KeyboardInterrupt
+
+    run.controller.add_phase_listener(interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        run.controller.resume()
+    run.controller.close()
+    assert ours(tmp_path) == []
+
+
 def test_a_death_while_the_next_commit_is_copied(tmp_path: Path) -> None:
     """What was taken over is not filled before another slot is safe."""
     Run(tmp_path, anchors=0).steps(0, 9).end()

@@ -265,6 +265,7 @@ class Shelf(Memory):
         if old is None or held or not earlier or not isinstance(found, FoundArena):
             return False
         new = self._new(f"r{self._rank}")
+        self._landed.append(new)  # so that it is removed in the end, should this be interrupted
         try:
             for file in earlier:  # the slot, and its seals
                 if file.seal in ("", *_SEALS):
@@ -275,6 +276,7 @@ class Shelf(Memory):
             return False
         self.remove(old)
         found.take_over(new)
+        self._landed.remove(new)
         _open.add(self)
         self._arenas.append(found)
         return True
