@@ -118,6 +118,8 @@ def test_growth_must_rise_with_depth_in_every_seed() -> None:
     assert all(check.passed for check in depth.conclude(good).checks)
     bad = depth.conclude([*good, *twins({8: 0.01, 14: 0.05, 20: 0.05, 32: 0.09}, some, seed=1)]).checks
     assert [check.passed for check in bad] == [False, False]
+    too_fast = depth.conclude(twins({8: 0.01, 14: 0.02, 20: 0.05, 32: math.nan}, some))
+    assert [check.passed for check in too_fast.checks] == [False, False] and too_fast.rows[-1][-1] == 1
 
 
 def rows(lr: float, accuracies: list[list[float]]) -> list[Result]:
