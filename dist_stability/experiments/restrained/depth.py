@@ -48,8 +48,8 @@ def conclude(results: Sequence[Result]) -> Outcome:
     ]
     head = ("depth", "notes, one seed", "median rate", "smallest", "largest", "too fast to fit")
     note = (
-        "Growth of ln(relative l2) per step, up to a distance of 1e-2. Twins that are further apart before three points "
-        "can be fitted have no rate, and count as outside the bands."
+        "Growth of ln(relative l2) per step, up to a distance of 1e-2. Twins that are further apart before three "
+        "points can be fitted have no rate, and count as outside the bands."
     )
     return Outcome(checks, head, rows, note)
 
