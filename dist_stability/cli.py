@@ -1,4 +1,4 @@
-"""The command line: ``dist-stability demo | experiment NAME | bench NAME | report RUN | doctor``."""
+"""The command line: ``dist-stability demo | experiment NAME | bench NAME | diagnose NAME | report RUN | doctor``."""
 
 from __future__ import annotations
 
@@ -9,11 +9,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from dist_stability.diagnostics.command import cli as diagnose
 from dist_stability.experiments.paper.protocol import ARMS, FAULTS
 from dist_stability.report.events import write_json
 
 BENCH_PARTS = ("open-loop", "noise", "bloom", "closed-loop")
-ENGINE_PARTS = ("snapshot", "step", "restore", "scale")
+ENGINE_PARTS = ("snapshot", "step", "restore", "edge", "scale")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -245,7 +246,7 @@ def _parser() -> argparse.ArgumentParser:
         "--probe-size",
         type=int,
         metavar="N",
-        help="held-out examples in the probe; default: 16, vision 32",
+        help="held-out examples in the probe; default: 16, vision 128",
     )
     experiment.add_argument("--width", type=int, metavar="N", help="text: of the Transformer; default: 64")
     experiment.add_argument("--layers", type=int, metavar="N", help="text: of the Transformer; default: 2")
@@ -284,6 +285,8 @@ def _parser() -> argparse.ArgumentParser:
     bench.set_defaults(run=_bench)
     _add_engine_benches(kinds)
 
+    diagnose.add(commands)
+
     report = commands.add_parser("report", help="figures and one page for a run, or for a folder of runs")
     report.add_argument("run_folder", type=Path, metavar="RUN", help="what a run was given as --out")
     report.add_argument("--out", type=Path, metavar="DIR", help="default: RUN/report")
@@ -300,20 +303,25 @@ def _add_engine_benches(kinds: Any) -> None:
     said = {
         "snapshot": "what a copy of the state costs the host, beside other ways to take one",
         "step": "whole training steps: plain, guarded in several ways, clone + deepcopy",
+        "edge": "what the monitor of the edge of stability costs, by level",
         "restore": "how long a restore and a whole rollback take, over a memcpy",
         "scale": "bytes, link time and collectives of Llama-3 at 8 to 16,384 ranks, planned without them",
-        "gpu": "all of these on a GPU, in less than ten minutes",
+        "recovery": "whole restarts: from shared memory, from a checkpoint, from the same by torch's own means",
+        "gpu": "all but the last of these on a GPU, in less than ten minutes",
     }
     for name, help_text in said.items():
         bench = kinds.add_parser(name, help=help_text)
         default = Path(f"out/bench-{name}")
         bench.add_argument("--out", type=Path, default=default, metavar="DIR", help="default: %(default)s")
         bench.add_argument("--quick", action="store_true", help="as little as possible, to see that it runs")
-        if name in ("snapshot", "step", "restore"):
+        if name in ("snapshot", "step", "restore", "edge", "recovery"):
             bench.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: %(default)s")
-        if name in ("step", "restore", "gpu"):
+        if name in ("step", "restore", "edge", "gpu"):
             text = "with two or more, DDP and FSDP2 on as many processes, too; default: 1"
             bench.add_argument("--ranks", type=int, default=1, metavar="N", help=text)
+        if name == "recovery":
+            text = "with two or more, under FSDP2; default: 2"
+            bench.add_argument("--ranks", type=int, default=2, metavar="N", help=text)
         if name == "scale":
             bench.add_argument("--link", type=float, metavar="GB/S", help="from device to host; default: 50, as stated")
         bench.set_defaults(run=_bench_engine, name=name)

@@ -36,7 +36,7 @@ from dist_stability.diagnostics.ranks import Ranks
 from dist_stability.errors import StabilityError
 from dist_stability.snapshot.rng import forked
 
-__all__ = ["LOCAL", "PAPER", "Applied", "Shaping", "SpectralShaping"]
+__all__ = ["BROAD", "LOCAL", "PAPER", "Applied", "Shaping", "SpectralShaping"]
 
 # What transformers' decoder layers keep between calls; a second forward must not write into it.
 _CACHES = ("past_key_value", "past_key_values", "layer_past", "cache_params")
@@ -52,7 +52,8 @@ class Shaping:
         layers: Share of the blocks, drawn anew at each application, 0 < layers <= 1; at least one.
         local: Run a block again on its detached input, so that only its own parameters feel its penalty. Otherwise
             the gradient goes on through the blocks before it, which can shrink the output instead.
-        rank: Leading directions of a block's input in which its map is fitted; at most one for 8 tokens.
+        rank: Leading directions of a block's input in which its map is fitted; at most one for ``tokens_each`` tokens.
+        tokens_each: Tokens of this rank that a direction needs, at least 1.
         max_tokens: Tokens of this rank used for a fit, drawn anew at each application.
         beta: Weight of the near-unit share within a penalty, >= 0.
         gamma: Near-unit share aimed at, in [0, 1].
@@ -64,6 +65,7 @@ class Shaping:
     layers: float = 1.0
     local: bool = True
     rank: int = 32
+    tokens_each: int = 8
     max_tokens: int = 2048
     beta: float = 1.0
     gamma: float = 0.4
@@ -80,7 +82,8 @@ class Shaping:
             "every": (self.every >= 1, "at least 1"),
             "layers": (0 < self.layers <= 1, "above 0 and at most 1"),
             "rank": (self.rank >= 1, "at least 1"),
-            "max_tokens": (self.max_tokens >= 8, "at least 8"),
+            "tokens_each": (self.tokens_each >= 1, "at least 1"),
+            "max_tokens": (self.max_tokens >= self.tokens_each, f"at least tokens_each = {self.tokens_each}"),
             "beta": (0 <= self.beta < math.inf, "at least 0"),
             "gamma": (0 <= self.gamma <= 1, "between 0 and 1"),
         }
@@ -91,6 +94,10 @@ class Shaping:
 
 LOCAL = Shaping()
 """What changed spectra as intended in our runs: every step, all blocks, local."""
+
+BROAD = Shaping(rank=256, tokens_each=4, beta=0.0)
+"""As LOCAL in every direction that has four tokens, up to 256, and against large moduli only. Ours: in directions that
+are not fitted, spectra grow as without shaping."""
 
 PAPER = Shaping(every=10, layers=0.5, local=False)
 """The schedule and weight of the paper. beta, and what is detached, it does not say."""
@@ -129,6 +136,9 @@ class SpectralShaping:
         skips: How often blocks were skipped, by reason, equal on every rank.
     """
 
+    moved_by_forward = True
+    """For a controller's ``extra_state``: a refused step's call is taken back, too."""
+
     def __init__(
         self, model: nn.Module, blocks: Sequence[str] | None = None, *, preset: Shaping = LOCAL, **changes: Any
     ) -> None:
@@ -137,7 +147,7 @@ class SpectralShaping:
         Args:
             model: As the training loop calls it, wrappers included, not compiled.
             blocks: Names without wrappers ("layers.0"); None for the outermost lists of like modules.
-            preset: :data:`LOCAL` or :data:`PAPER`, or settings of one's own.
+            preset: :data:`LOCAL`, :data:`BROAD` or :data:`PAPER`, or settings of one's own.
             **changes: Settings that differ from the preset: ``SpectralShaping(model, alpha=0.1, every=10)``.
 
         Raises:
@@ -151,6 +161,7 @@ class SpectralShaping:
         self.last: Applied | None = None
         self.skips: dict[str, int] = dict.fromkeys(REASONS, 0)
         self._step = 0
+        self._wanted: Callable[[], bool] = lambda: True
         self._ranks = Ranks(model)
         self._blocks: dict[str, nn.Module] = {}
         error: Exception | None = None
@@ -168,6 +179,8 @@ class SpectralShaping:
     def __call__(self, loss_fn: Callable[[Any, Any], Tensor], batch: Any) -> Tensor:
         """The loss with the penalty, a 0-d tensor for one ``backward()``. Every rank calls it. Counts as one step.
 
+        While it is switched off (:meth:`follow`) it is ``loss_fn(model, batch)`` and nothing else, and counts as none.
+
         Args:
             loss_fn: ``loss_fn(model, batch)`` gives the training loss; of several forwards the first is shaped.
             batch: Passed on.
@@ -175,13 +188,16 @@ class SpectralShaping:
         Raises:
             NoBlocks: A block was not called, changed the shape of its input, or wrote into it.
         """
+        if not self._wanted():
+            return loss_fn(self.model, batch)
         step, names = self._step, self.chosen(self._step)
+        with _Watch({name: self._blocks[name] for name in names}) as watch:
+            loss = loss_fn(self.model, batch)
+        # Not before the forward: as that begins, a controller notes what a refusal goes back to.
         self._step += 1
         if not names:
             self.last = Applied(step, (), {}, 0.0)
-            return loss_fn(self.model, batch)
-        with _Watch({name: self._blocks[name] for name in names}) as watch:
-            loss = loss_fn(self.model, batch)
+            return loss
         missing = [name for name in names if name not in watch.seen]
         if missing:
             raise NoBlocks(
@@ -205,6 +221,10 @@ class SpectralShaping:
         self.last = Applied(step, tuple(kept), skipped, value)
         penalty = weight * torch.stack([attached(matrix, cost) for matrix, cost in kept.values()]).sum()
         return loss + penalty.to(loss.device).to(loss.dtype)
+
+    def follow(self, wanted: Callable[[], bool]) -> None:
+        """From now on shape only where ``wanted()`` says so: the same at each call on every rank."""
+        self._wanted = wanted
 
     def chosen(self, step: int) -> tuple[str, ...]:
         """The blocks of a step, equal on all ranks; none where the schedule says so."""
@@ -246,7 +266,7 @@ class SpectralShaping:
             if len(flat_x) > self.settings.max_tokens:
                 places = torch.randperm(len(flat_x), generator=draw)[: self.settings.max_tokens].to(x.device)
                 flat_x, flat_y = flat_x[places], flat_y[places]
-            matrix = small_map(flat_x, flat_y, self.settings.rank, draw)
+            matrix = small_map(flat_x, flat_y, self.settings.rank, draw, self.settings.tokens_each)
             return matrix, spectral_cost(matrix, self.settings.beta, self.settings.gamma)
 
     def _again(self, block: nn.Module, seen: _Seen, step: int) -> tuple[Tensor, Tensor]:

@@ -37,7 +37,7 @@ class Cost:
     gradient: Tensor
 
 
-def small_map(x: Tensor, y: Tensor, rank: int, draw: torch.Generator) -> Tensor:
+def small_map(x: Tensor, y: Tensor, rank: int, draw: torch.Generator, tokens_each: int = 8) -> Tensor:
     """The least-squares map from x to y in the leading principal directions of x, whitened there. Differentiable in y.
 
     Mean, directions and variances of x are constants: a gradient through them would move the ruler with what is
@@ -46,8 +46,9 @@ def small_map(x: Tensor, y: Tensor, rank: int, draw: torch.Generator) -> Tensor:
     Args:
         x: (tokens, width), any floating dtype.
         y: Of the same shape.
-        rank: At most so many directions; fewer where x varies in fewer, and at most one for 8 tokens.
+        rank: At most so many directions; fewer where x varies in fewer, and at most one for ``tokens_each`` tokens.
         draw: For the first subspace, and nothing else.
+        tokens_each: Fewer tokens for a direction spread the eigenvalues.
 
     Returns:
         A, (modes, modes) float64 on the device of x (on the CPU where that has no float64).
@@ -61,7 +62,7 @@ def small_map(x: Tensor, y: Tensor, rank: int, draw: torch.Generator) -> Tensor:
         if not (torch.isfinite(fixed).all() and torch.isfinite(y).all()):
             raise Skip(REASONS[0])
         count, width = fixed.shape
-        modes = min(rank, count // 8, width)
+        modes = min(rank, count // tokens_each, width)
         if modes < 1:
             raise Skip(REASONS[1])
         fixed = fixed - fixed.mean(0)

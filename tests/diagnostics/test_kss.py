@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from dist_stability import StabilityError
 from dist_stability.diagnostics import kss
 from dist_stability.diagnostics.blocks import NoBlocks
-from dist_stability.diagnostics.kss import LOCAL, PAPER, Shaping, SpectralShaping
+from dist_stability.diagnostics.kss import BROAD, LOCAL, PAPER, Shaping, SpectralShaping
 from dist_stability.diagnostics.penalty import REASONS, Skip, attached, small_map, spectral_cost
 from dist_stability.diagnostics.rksp import profile
 
@@ -87,6 +87,7 @@ def test_the_map_in_leading_directions() -> None:
         part, torch.linalg.eigvals(leading.T @ matrix @ leading).abs().sort().values, rtol=1e-3, atol=1e-3
     )
     assert small_map(x[:40], y[:40], 12, generator()).shape == (5, 5)  # one direction for 8 tokens
+    assert small_map(x[:40], y[:40], 12, generator(), 4).shape == (10, 10)
 
 
 def gradients(model: nn.Module, value: Tensor) -> dict[str, Tensor]:
@@ -159,6 +160,22 @@ def test_descending_the_penalty_tames_a_block() -> None:
     assert before.aggregates["unstable"].mean > 0.4
     assert after.aggregates["unstable"].mean < 0.5 * before.aggregates["unstable"].mean
     assert after.aggregates["radius"].mean < before.aggregates["radius"].mean - 0.3
+
+
+def test_more_directions_tame_what_fewer_leave() -> None:
+    """64 tokens of width 16: eight directions for eight tokens each, all sixteen for four."""
+    few = ids(2, 32, vocabulary=64)
+    left = {}
+    for name, preset in (("local", LOCAL), ("broad", BROAD)):
+        model = small()
+        shaping = SpectralShaping(model, preset=preset, alpha=1.0, beta=0.0)
+        optimizer = torch.optim.Adam(model.blocks.parameters(), lr=3e-3)
+        for _ in range(40):
+            optimizer.zero_grad()
+            shaping(lambda model, batch: model(batch).sum() * 0.0, few).backward()
+            optimizer.step()
+        left[name] = profile(model, None, BATCH).aggregates["radius"].mean
+    assert left["broad"] < left["local"] - 0.2
 
 
 def test_the_schedule() -> None:
@@ -291,7 +308,8 @@ class Growing(nn.Module):
         ({"every": 0}, "every must be at least 1"),
         ({"layers": 1.5}, "layers must be above 0"),
         ({"rank": 0}, "rank must be"),
-        ({"max_tokens": 7}, "max_tokens must be"),
+        ({"tokens_each": 0}, "tokens_each must be"),
+        ({"max_tokens": 7}, "max_tokens must be at least tokens_each = 8"),
         ({"beta": -1.0}, "beta must be"),
         ({"gamma": 2.0}, "gamma must be"),
     ],

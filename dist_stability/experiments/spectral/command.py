@@ -2,28 +2,27 @@
 
 from __future__ import annotations
 
+import math
+import statistics
 from collections.abc import Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from dist_stability.experiments.spectral import shaping
-from dist_stability.experiments.spectral.grids import EDGES, GRIDS
-from dist_stability.experiments.spectral.jobs import edge_jobs, grid_jobs, points
+from dist_stability.diagnostics.calibration import NotCalibrated
+from dist_stability.experiments.spectral import kss_table, probabilities, selection
+from dist_stability.experiments.spectral.grids import DESIGN, EDGES, GRIDS, HELD_OUT, NEAR_NONE
+from dist_stability.experiments.spectral.jobs import cost_jobs, curve_jobs, edge_jobs, grid_jobs, kss_jobs, points
+from dist_stability.experiments.spectral.pages import Section, write_pages
 from dist_stability.experiments.spectral.pool import Job, perform
 from dist_stability.experiments.spectral.predictions import PAPER_AUROC, SCORES, architectures, table
-from dist_stability.experiments.spectral.runs import BATCH, LOSS_LIMIT, WARMUP, Run
-from dist_stability.experiments.spectral.statistics import fisher
-from dist_stability.report import html
-from dist_stability.report.events import write_json
-from dist_stability.report.markdown import markdown
 from dist_stability.report.versions import versions
 
-Section = tuple[str, str, Sequence[str], list[list[Any]]]
-"""Heading, text below it, head and rows of the table."""
-
 WITHIN = 1.5
-PARTS = (*GRIDS, *(f"edges-{part}" for part in EDGES))
+SELECTION, CALIBRATION = "selection", "calibration"
+PARTS = (*GRIDS, *(f"edges-{part}" for part in EDGES), SELECTION, CALIBRATION)
+NEEDS = {SELECTION: (DESIGN.name, SELECTION), CALIBRATION: (NEAR_NONE.name, HELD_OUT.name)}
+"""What a part looks at where that is not only its own: it is run as well."""
 
 
 def experiment_rksp(out: Path, *, parts: Sequence[str] | None = None, workers: int = 1, quick: bool = False) -> int:
@@ -41,95 +40,51 @@ def experiment_rksp(out: Path, *, parts: Sequence[str] | None = None, workers: i
     Raises:
         ValueError: A part is not known, or ``workers`` is below 1; nothing was started.
     """
-    chosen = tuple(PARTS if parts is None else dict.fromkeys(parts))
-    if unknown := [part for part in chosen if part not in PARTS]:
+    wanted = PARTS if parts is None else parts
+    if unknown := [part for part in wanted if part not in PARTS]:
         raise ValueError(f"--parts: unknown {', '.join(unknown)}; choose from {', '.join(PARTS)}")
     _check(workers)
+    chosen = {each for part in wanted for each in (part, *NEEDS.get(part, ()))}
     failed: dict[str, str] = {}
-    summary: dict[str, Any] = {"experiment": "rksp", "quick": quick, "parts": list(chosen), "versions": versions()}
-    sections: list[Section] = []
+    results: dict[str, list[dict[str, Any]]] = {}
     for part in PARTS:
         jobs = _jobs(part, out, quick)
         if part in chosen:
             failed |= perform(jobs, workers, part)
-        results = [result for job in jobs if (result := job.result()) is not None]
-        if not results:
+        results[part] = [result for job in jobs if (result := job.result()) is not None]
+    summary: dict[str, Any] = {
+        "experiment": "rksp",
+        "quick": quick,
+        "parts": [part for part in PARTS if part in chosen],
+        "versions": versions(),
+    }
+    sections: list[Section] = []
+    for part in PARTS:
+        if any(not results[each] for each in NEEDS.get(part, (part,))):
             continue
-        if part in GRIDS:
-            found = points(results)
-            summary[part] = {"predictions": table(found), "architectures": architectures(found)}
-            sections += list(_grid_sections(part, summary[part]))
-        else:
-            summary[part] = edges(results)
-            sections.append(_edge_section(part, summary[part]))
-    return _write(out, "Predicting divergence before training", summary, sections, failed)
+        summary[part], shown = _told(part, results)
+        sections += shown
+    return write_pages(out, "Predicting divergence before training", summary, sections, failed)
 
 
 def experiment_kss(out: Path, *, workers: int = 1, quick: bool = False) -> int:
     """The arms of Table 3. Arguments, result and errors as of :func:`experiment_rksp`."""
     _check(workers)
-    jobs: dict[str, list[Job]] = {}
-    configurations = shaping.CONFIGURATIONS[:1] if quick else shaping.CONFIGURATIONS
-    steps = 3 if quick else shaping.STEPS
-    for arm, settings in shaping.ARMS.items():
-        jobs[arm] = [
-            Job(
-                (out / "quick" if quick else out) / arm / f"{run}.json",
-                {**run.to_dict(), **asdict(settings), "warmup": WARMUP, "batch": BATCH},
-                shaping.train,
-                (run, arm),
-            )
-            for configuration in configurations
-            for run in (Run(configuration, lr, steps) for lr in shaping.LRS)
-        ]
+    folder = out / "quick" if quick else out
+    jobs, costs = kss_jobs(folder, quick), {} if quick else cost_jobs(folder)
     failed = perform([job for each in jobs.values() for job in each], workers, "kss")
-    arms: dict[str, dict[str, Any]] = {}
-    for arm, each in jobs.items():
-        results = [result for job in each if (result := job.result()) is not None]
-        arms[arm] = {
-            "runs": len(results),
-            "diverged": sum(result["diverged"] for result in results),
-            "by_loss": sum(not result["max_loss"] <= LOSS_LIMIT for result in results),
-            "learned": sum(result["learned"] for result in results),
-            "paper_of_24": shaping.ARMS[arm].paper,
-        }
-    base = arms["none"]
-    for found in arms.values():
-        found["fisher"] = fisher((found["diverged"], found["runs"]), (base["diverged"], base["runs"]))
-        paper = found["paper_of_24"]
-        found["paper_fisher"] = None if paper is None else fisher((paper, 24), (shaping.ARMS["none"].paper or 0, 24))
-    head = (
-        "arm",
-        "runs",
-        "diverged",
-        "share",
-        "by loss",
-        "learned",
-        "Fisher p against none",
-        "paper's share",
-        "paper's p",
+    failed |= perform(list(costs.values()), 1, "kss: cost")  # one at a time: they take the time
+    found = kss_table.summarized(
+        {arm: [result for job in each if (result := job.result()) is not None] for arm, each in jobs.items()},
+        {arm: result["ratio"] for arm, job in costs.items() if (result := job.result()) is not None},
     )
-    rows = [
-        [
-            arm,
-            found["runs"],
-            found["diverged"],
-            found["diverged"] / max(1, found["runs"]),
-            found["by_loss"],
-            found["learned"],
-            found["fisher"],
-            None if found["paper_of_24"] is None else found["paper_of_24"] / 24,
-            found["paper_fisher"],
-        ]
-        for arm, found in arms.items()
-    ]
-    note = (
-        "No normalization, learning rates 0.010 to 0.020; p is of the exact two-sided test, not corrected. By loss: "
-        "the loss went over its limit, not only the gradient norm, which has the penalty's gradient in it."
-    )
-    summary = {"experiment": "kss", "quick": quick, "arms": arms, "versions": versions()}
-    return _write(
-        out, "Clipping and spectral shaping against divergence", summary, [("Table 3", note, head, rows)], failed
+    summary = {"experiment": "kss", "quick": quick, **found, "versions": versions()}
+    return write_pages(
+        out,
+        "Clipping, spectral shaping and the controller against divergence",
+        summary,
+        kss_table.sections(found),
+        failed,
     )
 
 
@@ -148,20 +103,52 @@ def edges(results: Sequence[dict[str, Any]]) -> dict[str, Any]:
         {**configuration, "edge": result["edge"], "ratios": {length: ratios[length][place] for length in lengths}}
         for place, (configuration, result) in enumerate(zip(configurations, results, strict=True))
     ]
-    return {"configurations": len(results), "within": close, "slowest_seconds": slowest, "rows": rows}
+    spread = {n: _spread([math.log(v) for v in ratios[n] if v is not None]) for n in lengths}
+    return {
+        "configurations": len(results),
+        "within": close,
+        "spread": spread,
+        "slowest_seconds": slowest,
+        "rows": rows,
+    }
+
+
+def _spread(values: Sequence[float]) -> float | None:
+    return statistics.stdev(values) if len(values) > 1 else None
+
+
+def _told(part: str, results: dict[str, list[dict[str, Any]]]) -> tuple[Any, list[Section]]:
+    """What a part shows, as numbers and as tables."""
+    if part in GRIDS:
+        runs = points(results[part])
+        grid = {"predictions": table(runs), "architectures": architectures(runs)}
+        return grid, _grid_sections(part, grid)
+    if part == SELECTION:
+        rows = selection.candidates(results[part], points(results[DESIGN.name]))
+        return rows, [selection.section(rows)]
+    if part == CALIBRATION:
+        try:
+            rows = probabilities.calibrated({each: points(results[each]) for each in NEEDS[part]})
+        except NotCalibrated as why:
+            return str(why), [("Probabilities", f"None: {why}", (), [])]
+        return rows, [probabilities.section(rows)]
+    found = edges(results[part])
+    return found, [_edge_section(part, found)]
 
 
 def _jobs(part: str, out: Path, quick: bool) -> list[Job]:
     if quick:
         out = out / "quick"  # beside what counts, never in its place
-    if part not in GRIDS:
+    if part == CALIBRATION:
+        return []
+    if part.startswith("edges-"):
         jobs = edge_jobs(part.removeprefix("edges-"), out, steps=3 if quick else None)
         return jobs[:2] if quick else jobs
-    grid = GRIDS[part]
+    grid = DESIGN if part == SELECTION else GRIDS[part]
     if quick:
         some = (grid.configurations[0], grid.configurations[-1])
         grid = replace(grid, configurations=some, lrs=(grid.lrs[0], 1e6), steps=3)
-    return grid_jobs(grid, out)
+    return curve_jobs(grid, out) if part == SELECTION else grid_jobs(grid, out)
 
 
 def _grid_sections(part: str, found: dict[str, Any]) -> list[Section]:
@@ -201,10 +188,14 @@ def _edge_section(part: str, found: dict[str, Any]) -> Section:
     rows = [[*(row[name] for name in names), *(row["ratios"][n] for n in lengths)] for row in found["rows"]]
     told = "; ".join(
         f"{n} virtual steps: {found['within'][n]} of {found['configurations']} within a factor {WITHIN:g}, at most "
-        f"{found['slowest_seconds'][n]:.1f} s a search"
+        f"{found['slowest_seconds'][n]:.1f} s a search{_told_spread(found['spread'][n])}"
         for n in lengths
     )
     return f"Stable-learning-rate search, {part}", f"{told}.", head, rows
+
+
+def _told_spread(spread: float | None) -> str:
+    return "" if spread is None else f", standard deviation of ln(edge / found) {spread:.2f}"
 
 
 def _cell(measured: dict[str, Any] | None) -> str:
@@ -212,25 +203,6 @@ def _cell(measured: dict[str, Any] | None) -> str:
         return ""
     interval = "" if measured["low"] != measured["low"] else f" [{measured['low']:.2f}, {measured['high']:.2f}]"
     return f"{measured['auroc']:.3f}{interval}"
-
-
-def _write(out: Path, title: str, summary: dict[str, Any], sections: list[Section], failed: dict[str, str]) -> int:
-    summary["failed"] = failed
-    if summary["quick"]:
-        title += " (quick run: no number of it means anything)"
-    out.mkdir(parents=True, exist_ok=True)
-    parts, text = [], [f"# {title}"]
-    for heading, note, head, rows in sections:
-        parts += [html.heading(heading), html.paragraph(note), html.table(head, rows)]
-        text += [f"## {heading}", note, markdown(head, rows).rstrip()]
-    (out / "report.html").write_text(html.page(title, "CPU scale", parts), encoding="utf-8")
-    (out / "tables.md").write_text("\n\n".join(text) + "\n", encoding="utf-8")
-    write_json(out / "summary.json", summary)
-    for name in ("report.html", "tables.md", "summary.json"):
-        print(out / name)
-    for name, why in failed.items():
-        print(f"failed: {name}: {why}")
-    return 1 if failed else 0
 
 
 def _check(workers: int) -> None:

@@ -109,6 +109,7 @@ GRIDS = {grid.name: grid for grid in (PAPER, DESIGN, HELD_OUT, NEAR_NONE, NEAR_N
 _KINDS = (("none", "paper"), ("none", "torch"), ("pre", "xavier"), ("post", "paper"), ("sub", "torch"))
 
 EDGES = {
+    "design": DESIGN.configurations,
     "first": tuple(
         Configuration(task, width, layers, norm, init, 201)
         for task, width, layers in (("recall", 40, 3), ("english", 24, 5), ("synthetic", 32, 2))
@@ -120,8 +121,8 @@ EDGES = {
         for norm, init in _KINDS
     ),
 }
-"""Twice 15 configurations whose true edge is found by training, for the stable-learning-rate search. The first were
+"""Configurations whose true edge is found by training, for the stable-learning-rate search. The first 15 were
 looked at with searches of 8 virtual steps; then, by the spread on the design grid, 16 became their default; the second
-were made after that."""
+were made after that. "design" is the grid that this was chosen on."""
 
 EDGE_STEPS = 60

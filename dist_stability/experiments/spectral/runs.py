@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -114,7 +114,7 @@ def is_diverged(loss: float, norm: float) -> bool:
     return not (loss <= LOSS_LIMIT and norm <= NORM_LIMIT)
 
 
-def worst(values: list[float]) -> float:
+def worst(values: Sequence[float]) -> float:
     """The largest, infinite if one is not a number."""
     return max(math.inf if math.isnan(value) else value for value in values)
 

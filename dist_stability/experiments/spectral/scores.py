@@ -27,16 +27,17 @@ SIGN_STEP = 10.0
 
 EDGE_PROBES = (8, 16)
 
+WALK, RAY = 16, 20
+"""Virtual steps, and distances along the ray, that candidates for the probe were chosen from."""
+
 LIMITS = lr_probe.Limits(LOSS_LIMIT, NORM_LIMIT)
 
 
 def spectral(configuration: Configuration) -> dict[str, Any]:
     """Scores that do not know the learning rate: the profile's and its baselines'."""
-    model, data = configuration.model(), configuration.data()
-    rows = -(-max(8 * configuration.width, 512) // data.context)
-    draw = torch.Generator().manual_seed(configuration.seed)
-    ids = torch.randint(data.vocabulary, (rows, data.context), generator=draw)
-    found = rksp.profile(model, None, ids, max_tokens=max(8 * configuration.width, 512))
+    model = configuration.model()
+    ids, count = profiled_tokens(configuration)
+    found = rksp.profile(model, None, ids, max_tokens=count)
     means = {name: summary.mean for name, summary in found.aggregates.items()}
     loss, norm = _initial(model, configuration.probe_batches()[0])
     return {
@@ -55,11 +56,37 @@ def spectral(configuration: Configuration) -> dict[str, Any]:
     }
 
 
+def profiled_tokens(configuration: Configuration) -> tuple[torch.Tensor, int]:
+    """Random tokens for a profile, int64 of (examples, context), and how many of them are looked at: 8 a dimension."""
+    data, count = configuration.data(), max(8 * configuration.width, 512)
+    draw = torch.Generator().manual_seed(configuration.seed)
+    return torch.randint(data.vocabulary, (-(-count // data.context), data.context), generator=draw), count
+
+
 def aware(configuration: Configuration, lrs: Sequence[float]) -> dict[str, Any]:
     """Scores of each learning rate: the probe's, and the simpler one's."""
     model, batches = configuration.model(), configuration.probe_batches()
     risks = [lr_probe.risk(model, loss_fn, batches, lr, limits=LIMITS).score for lr in lrs]
-    return {"lrs": list(lrs), "risk": risks, "sign_step": _sign_steps(model, batches[0], lrs)}
+    losses, _ = _along_ray(model, batches[0], [SIGN_STEP * lr for lr in lrs])
+    return {"lrs": list(lrs), "risk": risks, "sign_step": losses}
+
+
+def curves(subject: tuple[Configuration, tuple[float, ...]]) -> dict[str, Any]:
+    """What the candidates for the probe see: losses and gradient norms on two ways from the start, for each rate.
+
+    Returns:
+        "walk": of virtual Adam steps, the start first, fewer where they blew up; "ray": at 1, 2, .. times the rate
+        along the sign of the first gradient.
+    """
+    configuration, lrs = subject
+    model, batches = configuration.model(), configuration.probe_batches()
+    found: dict[str, Any] = {"lrs": list(lrs), "walk": [], "ray": []}
+    for lr in lrs:
+        risk = lr_probe.risk(model, loss_fn, batches, lr, steps=WALK, limits=LIMITS)
+        found["walk"].append([list(risk.losses), list(risk.gradient_norms)])
+        losses, norms = _along_ray(model, batches[0], [distance * lr for distance in range(RAY + 1)])
+        found["ray"].append([losses, norms])
+    return found
 
 
 def grid_point(subject: tuple[Configuration, tuple[Run, ...]]) -> dict[str, Any]:
@@ -104,18 +131,27 @@ def _initial(model: nn.Module, batch: Batch) -> tuple[float, float]:
     return float(loss.detach()), float(torch.nn.utils.get_total_norm(gradients))
 
 
-def _sign_steps(model: nn.Module, batch: Batch, lrs: Sequence[float]) -> list[float]:
-    matrices = [parameter for parameter in model.parameters() if parameter.ndim >= 2]
+def _along_ray(model: nn.Module, batch: Batch, distances: Sequence[float]) -> tuple[list[float], list[float]]:
+    """Loss and gradient norm after one step of each length along the sign of the gradient; infinite if not finite."""
+    parameters = list(model.parameters())
+    matrices = [parameter for parameter in parameters if parameter.ndim >= 2]
     start = [matrix.detach().clone() for matrix in matrices]
+    losses, norms = [], []
     with quiet(model, 0):
         with torch.enable_grad():
-            gradients = torch.autograd.grad(loss_fn(model, batch), matrices)
-        losses = []
-        for lr in lrs:
-            for matrix, before, gradient in zip(matrices, start, gradients, strict=True):
-                matrix.copy_(before - SIGN_STEP * lr * gradient.sign())
-            loss = float(loss_fn(model, batch))
-            losses.append(loss if math.isfinite(loss) else math.inf)
+            direction = [gradient.sign() for gradient in torch.autograd.grad(loss_fn(model, batch), matrices)]
+        for distance in distances:
+            for matrix, before, sign in zip(matrices, start, direction, strict=True):
+                matrix.copy_(before - distance * sign)
+            with torch.enable_grad():
+                loss = loss_fn(model, batch)
+                gradients = torch.autograd.grad(loss, parameters)
+            losses.append(_or_infinite(float(loss.detach())))
+            norms.append(_or_infinite(float(torch.nn.utils.get_total_norm(gradients))))
         for matrix, before in zip(matrices, start, strict=True):
             matrix.copy_(before)
-    return losses
+    return losses, norms
+
+
+def _or_infinite(value: float) -> float:
+    return value if math.isfinite(value) else math.inf

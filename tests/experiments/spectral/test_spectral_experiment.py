@@ -23,7 +23,8 @@ def test_what_is_held_out_shares_nothing_with_the_design() -> None:
     def facts(configurations: Any) -> list[set[Any]]:
         return [{getattr(each, name) for each in configurations} for name in ("task", "seed")]
 
-    for other in (HELD_OUT.configurations, NEAR_NONE.configurations, NEAR_NORM.configurations, *EDGES.values()):
+    searches = [configurations for part, configurations in EDGES.items() if part != "design"]
+    for other in (HELD_OUT.configurations, NEAR_NONE.configurations, NEAR_NORM.configurations, *searches):
         assert all(not mine & theirs for mine, theirs in zip(facts(DESIGN.configurations), facts(other), strict=True))
     assert {each.width for each in DESIGN.configurations} & {each.width for each in HELD_OUT.configurations} == set()
 
@@ -141,14 +142,16 @@ def test_the_commands(tmp_path: Path, capsys: Any) -> None:
         "--workers",
         "1",
         "--parts",
-        "held-out",
+        "calibration",
         "edges-first",
         "--out",
         str(tmp_path),
     ]
     assert main(words) == 0
     summary = read_json(tmp_path / "summary.json")
+    assert summary["parts"] == ["held-out", "near-none", "edges-first", "calibration"]  # with what calibration needs
     assert summary["held-out"]["predictions"][0]["runs"] == 4 and summary["edges-first"]["configurations"] == 2
+    assert "needs 40 runs" in summary["calibration"] and "selection" not in summary
     assert (tmp_path / "report.html").is_file()
     told = (tmp_path / "tables.md").read_text()
     assert "no number of it means anything" in told and "no-norm flag x LR" in told
