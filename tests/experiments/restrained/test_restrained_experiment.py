@@ -139,7 +139,7 @@ def test_the_spreads_are_those_of_rows_and_columns() -> None:
 
 
 def test_overhead_is_told_as_a_part_of_the_plain_step() -> None:
-    seconds = {"plain": [1.0, 1.0], "observed": [1.1, 1.1], "margin": [1.14, 1.14], "margin and rho": [1.2, 1.2]}
+    seconds = {"plain": [1.0, 1.0], "observed": [1.1, 1.1], "margin": [1.14, 1.14], "all": [1.2, 1.2]}
     result: Result = {"settings": {"name": "gpt", "block": 50}, "seconds": seconds}
     checks = overhead.conclude([result]).checks
     assert [check.passed for check in checks] == [True, False]
