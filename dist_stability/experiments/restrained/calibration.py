@@ -65,8 +65,8 @@ def conclude(results: Sequence[Result]) -> Outcome:
         "healthy runs past it",
     )
     note = (
-        "All columns but the threshold are of the reporting seeds. At one learning rate: pairs of a failing and a healthy "
-        f"run that the feature puts right. Tasks with fewer than {ENOUGH} failing runs are not judged."
+        "All columns but the threshold are of the reporting seeds. At one learning rate: pairs of a failing and a "
+        f"healthy run that the feature puts right. Tasks with fewer than {ENOUGH} failing runs are not judged."
     )
     return Outcome(checks, head, rows, note)
 
@@ -75,19 +75,19 @@ def _row(name: str, tuning: Sequence[Result], reporting: Sequence[Result]) -> tu
     scores, labels = _scored(name, reporting)
     clusters = [str(r["settings"]["seed"]) for r in reporting]
     low, high = auroc_interval(scores, labels, clusters)
-    area, inside = auroc(scores, labels), _within_rates(name, reporting)
+    area, (right, pairs) = auroc(scores, labels), _within_rates(name, reporting)
     bar = _threshold(*_scored(name, tuning))
     failing = [score > bar for score, fails in zip(scores, labels, strict=True) if fails]
     healthy = [score > bar for score, fails in zip(scores, labels, strict=True) if not fails]
     row = [
         *(median(s for s, fails in zip(scores, labels, strict=True) if fails is kind) for kind in (False, True)),
         f"{area:.2f} [{low:.2f}, {high:.2f}]",
-        inside,
+        f"{right:g} of {pairs}",
         bar,
         f"{sum(failing)} of {len(failing)}",
         f"{sum(healthy)} of {len(healthy)}",
     ]
-    return row, low > 0.5 and inside is not None and inside > WITHIN_RATE
+    return row, low > 0.5 and right > WITHIN_RATE * pairs
 
 
 def _scored(name: str, runs: Sequence[Result]) -> tuple[list[float], list[bool]]:
@@ -100,15 +100,15 @@ def _scored(name: str, runs: Sequence[Result]) -> tuple[list[float], list[bool]]
     ]
 
 
-def _within_rates(name: str, runs: Sequence[Result]) -> float | None:
-    """Share of pairs of a failing and a healthy run of one learning rate that the feature puts right; None without."""
+def _within_rates(name: str, runs: Sequence[Result]) -> tuple[float, int]:
+    """Pairs of a failing and a healthy run of one learning rate that the feature puts right, and all of them."""
     right: list[float] = []
     for lr in {run["settings"]["lr"] for run in runs}:
         scores, labels = _scored(name, [run for run in runs if run["settings"]["lr"] == lr])
         failing = [score for score, fails in zip(scores, labels, strict=True) if fails]
         healthy = [score for score, fails in zip(scores, labels, strict=True) if not fails]
         right += [1.0 if a > b else 0.5 if a == b else 0.0 for a in failing for b in healthy]
-    return sum(right) / len(right) if right else None
+    return sum(right), len(right)
 
 
 def _threshold(scores: Sequence[float], labels: Sequence[bool]) -> float:
