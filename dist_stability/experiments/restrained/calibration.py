@@ -2,7 +2,7 @@
 
 Thresholds are chosen on the tuning seeds; everything that is told is measured on the reporting seeds. Larger is to mean
 more failing, for that is how the monitor reads its numbers. A feature *separates* if on every task with
-:data:`ENOUGH` failing runs the interval of its AUROC lies above 1/2, and its AUROC among runs of one learning rate is
+:data:`ENOUGH` failing runs, of which there must be two, the interval of its AUROC lies above 1/2, and its AUROC among runs of one learning rate is
 above :data:`WITHIN_RATE`: else it only repeats what the learning rate says.
 """
 
@@ -13,12 +13,12 @@ from collections.abc import Sequence
 from statistics import median
 from typing import Any
 
-from dist_stability.experiments.restrained.parts import Check, Outcome, Part, Result, Settings, every
+from dist_stability.experiments.restrained.parts import Check, Outcome, Part, Result, Settings
 from dist_stability.experiments.restrained.small_batch import FEATURES, STEPS, TASKS, train
 from dist_stability.experiments.spectral.statistics import auroc, auroc_interval
 
 TUNING, REPORTING = range(1000, 1003), range(5)
-WITHIN_RATE, ENOUGH = 0.6, 5
+WITHIN_RATE, ENOUGH, TASKS_NEEDED = 0.6, 5, 2
 MONITORED = ("margin", "margin_median", "rho", "rho_high")
 """What the monitor has; the other features are plain numbers that it must be compared with."""
 
@@ -52,7 +52,10 @@ def conclude(results: Sequence[Result]) -> Outcome:
             if name in separates and sum(r["label"] == "fails later" for r in reporting) >= ENOUGH:
                 separates[name].append(holds)
     checks = [Check("runs that fail later / healthy / failed early", "", "; ".join(counts), None)]
-    checks += [every(f"tasks on which {FEATURES[name]} separates", holds) for name, holds in separates.items() if holds]
+    for name, holds in separates.items():
+        counted = f"{sum(holds)} of {len(holds)} judged"
+        what, band = f"tasks on which {FEATURES[name]} separates", f"all, and at least {TASKS_NEEDED}"
+        checks.append(Check(what, band, counted, len(holds) >= TASKS_NEEDED and all(holds)))
     head = (
         "task",
         "feature, steps 20 to 59",

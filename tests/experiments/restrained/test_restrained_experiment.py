@@ -186,4 +186,6 @@ def test_what_only_repeats_the_learning_rate_does_not_separate() -> None:
     failing = row[-2].split(" of ")
     assert row[4].startswith("1.00") and failing[0] == failing[1] and row[-1].startswith("0 of ")
     early = calibration.conclude([{**each, "label": "failed early"} for each in results])
-    assert not early.rows and len(early.checks) == 1
+    assert not early.rows and not any(check.passed for check in early.checks)
+    one_task = calibration.conclude([each for each in results if each["settings"]["task"] == "english"])
+    assert passed(one_task.checks, "tasks on which median rho") is False, "one task is not enough"
