@@ -1,9 +1,9 @@
-"""The calibration table: do margin and rho tell which small-batch AdamW runs will fail? Two tasks, seeds kept apart.
+"""The calibration table: do margin and rho tell which small-batch AdamW runs will fail? Three tasks, seeds kept apart.
 
 Thresholds are chosen on the tuning seeds; everything that is told is measured on the reporting seeds. Larger is to mean
 more failing, for that is how the monitor reads its numbers. A feature *separates* if on every task with
-:data:`ENOUGH` failing runs, of which there must be two, the interval of its AUROC lies above 1/2, and its AUROC among runs of one learning rate is
-above :data:`WITHIN_RATE`: else it only repeats what the learning rate says.
+:data:`ENOUGH` failing runs, of which there must be two, the interval of its AUROC lies above 1/2, and its AUROC among
+runs of one learning rate is above :data:`WITHIN_RATE`: else it only repeats what the learning rate says.
 """
 
 from __future__ import annotations
@@ -52,10 +52,10 @@ def conclude(results: Sequence[Result]) -> Outcome:
             if name in separates and sum(r["label"] == "fails later" for r in reporting) >= ENOUGH:
                 separates[name].append(holds)
     checks = [Check("runs that fail later / healthy / failed early", "", "; ".join(counts), None)]
-    for name, holds in separates.items():
-        counted = f"{sum(holds)} of {len(holds)} judged"
+    for name, judged in separates.items():
+        counted = f"{sum(judged)} of {len(judged)} judged"
         what, band = f"tasks on which {FEATURES[name]} separates", f"all, and at least {TASKS_NEEDED}"
-        checks.append(Check(what, band, counted, len(holds) >= TASKS_NEEDED and all(holds)))
+        checks.append(Check(what, band, counted, len(judged) >= TASKS_NEEDED and all(judged)))
     head = (
         "task",
         "feature, steps 20 to 59",
