@@ -87,9 +87,9 @@ def _write(
     summary: dict[str, Any] = {"experiment": "restrained", "quick": quick, "failed": failed, "versions": versions()}
     for name, outcome in outcomes.items():
         heading = f"{name}: {known[name].title}"
-        verdict = _verdict(outcome)
-        jobs = len(_jobs(known[name], folder, quick))
-        done = f"{len(results[name])} of {jobs} jobs. {verdict}"
+        jobs, found = len(_jobs(known[name], folder, quick)), len(results[name])
+        verdict = _verdict(outcome) if found == jobs else f"So far: {_verdict(outcome)}"
+        done = f"{found} of {jobs} jobs. {verdict}"
         pages += [html.heading(heading), html.paragraph(done)]
         text += [f"## {heading}", done]
         checks = [["" if c.passed is None else c.passed, c.what, c.band, c.measured] for c in outcome.checks]
@@ -110,8 +110,8 @@ def _write(
     write_json(folder / "summary.json", summary)
     for name in ("report.html", "tables.md", "summary.json"):
         print(folder / name)
-    for name, outcome in outcomes.items():
-        print(f"{name}: {_verdict(outcome)}")
+    for name in outcomes:
+        print(f"{name}: {summary[name]['verdict']}")
     for name, why in failed.items():
         print(f"failed: {name}: {why}")
 

@@ -82,6 +82,8 @@ def growth(results: Sequence[Result]) -> Any:
         axes.plot(list(row), [each["growth"]["rate"] for each in row.values()], "o-", color=color, label=f"seed {seed}")
     axes.plot(list(depth.NOTES), list(depth.NOTES.values()), "x", color=INK, label="notes, another seed")
     axes.set_yscale("log")
+    axes.set_ylim(0.009, 1.1)
+    axes.minorticks_off()
     axes.set_xlabel("depth")
     axes.set_ylabel("growth of ln(distance) per step")
     axes.legend(frameon=False, labelcolor=INK)
@@ -112,7 +114,7 @@ def margins(results: Sequence[Result]) -> Any:
 def accuracies(results: Sequence[Result]) -> Any:
     """R6: one column of dots for each seed, one dot for each k."""
     figure, axes = plots.canvas(
-        "Rounding moves the accuracy about as much as the seed does",
+        "How far rounding moves the accuracy, and how far the seed does",
         "Analogue of the paper's Table 1 on digits: ResNet-20, 1,397 test images, a dot for each k",
     )
     for color, lr in zip(OTHERS, (table1.LR, table1.CONTROL), strict=False):

@@ -18,12 +18,10 @@ from torch.nn import functional
 
 from dist_stability import LossProbe, NonFiniteGuard, StabilityController
 from dist_stability.diagnostics.monitor import EdgeOfStabilityMonitor
-from dist_stability.diagnostics.sharpness import Sharpness
 from dist_stability.experiments.data import BatchOrder
 from dist_stability.experiments.restrained.networks import small_digits
 from dist_stability.experiments.restrained.parts import Outcome, Part, Result, Settings, every, told, within
 from dist_stability.experiments.restrained.reference import ReferenceController
-from dist_stability.signals import DirectionalRatio, UpdateRms
 from dist_stability.testing import FaultInjector
 
 SEEDS = range(20)
@@ -150,8 +148,7 @@ def _stepper(
         return lambda loss, norm: reference.step(), lambda: None
     edge = None
     if arm == "watched":
-        ratio = DirectionalRatio(model, cross_entropy, lambda: current[0], reuse_loss=True)
-        edge = EdgeOfStabilityMonitor(Sharpness(model, optimizer, cross_entropy, [probed]), None, [ratio, UpdateRms()])
+        edge = EdgeOfStabilityMonitor.of(model, optimizer, cross_entropy, [probed], lambda: current[0], reuse_loss=True)
     probe = LossProbe(cross_entropy, [probed])
     controller = StabilityController(model, optimizer, probe, guards=(NonFiniteGuard(),), edge=edge)
     return lambda loss, norm: controller.step(grad_norm=norm, loss=loss).accepted, controller.close
@@ -170,4 +167,6 @@ def cross_entropy(model: nn.Module, batch: Any) -> Tensor:
     return functional.cross_entropy(model(inputs), labels)
 
 
-PART = Part("R11", "A poisoned second moment, and a NaN before BatchNorm (on digits)", settings, work, conclude)
+PART = Part(
+    "R11", "A poisoned second moment, and a NaN before BatchNorm (on digits)", settings, work, conclude, version=2
+)

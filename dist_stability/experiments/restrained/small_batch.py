@@ -34,6 +34,7 @@ BATCH, MARGIN_BATCHES, MARGIN_EVERY, RHO_EVERY = 8, 4, 5, 2
 
 TASKS = {
     "english": (0.008, 0.012, 0.015, 0.02, 0.025, 0.03),
+    "phrase": (0.012, 0.02, 0.025, 0.03, 0.035, 0.04),
     "digits": (0.01, 0.02, 0.03, 0.05, 0.08, 0.12),
 }
 """A GPT of two blocks without normalization, an MLP; learning rates from healthy ones to such at which runs fail."""
@@ -118,7 +119,7 @@ Made = tuple[nn.Module, Callable[[int], Any], list[Any], Callable[[nn.Module, An
 
 def _task(name: str, seed: int) -> Made:
     """Model, training batches, batches for the margin, loss."""
-    if name == "english":
+    if name in tasks.TASKS:
         data = tasks.task(name)
         model = SmallGPT(data.vocabulary, data.context, width=32, layers=2, norm="none", init="paper", seed=seed)
         held = [data.batch(seed, -1 - number, BATCH) for number in range(MARGIN_BATCHES)]

@@ -118,6 +118,8 @@ def test_growth_must_rise_with_depth_in_every_seed() -> None:
     assert all(check.passed for check in depth.conclude(good).checks)
     bad = depth.conclude([*good, *twins({8: 0.01, 14: 0.05, 20: 0.05, 32: 0.09}, some, seed=1)]).checks
     assert [check.passed for check in bad] == [False, False]
+    too_fast = depth.conclude(twins({8: 0.01, 14: 0.02, 20: 0.05, 32: math.nan}, some))
+    assert [check.passed for check in too_fast.checks] == [False, False] and too_fast.rows[-1][-1] == 1
 
 
 def rows(lr: float, accuracies: list[list[float]]) -> list[Result]:
@@ -137,7 +139,7 @@ def test_the_spreads_are_those_of_rows_and_columns() -> None:
 
 
 def test_overhead_is_told_as_a_part_of_the_plain_step() -> None:
-    seconds = {"plain": [1.0, 1.0], "observed": [1.1, 1.1], "margin": [1.14, 1.14], "margin and rho": [1.2, 1.2]}
+    seconds = {"plain": [1.0, 1.0], "observed": [1.1, 1.1], "margin": [1.14, 1.14], "all": [1.2, 1.2]}
     result: Result = {"settings": {"name": "gpt", "block": 50}, "seconds": seconds}
     checks = overhead.conclude([result]).checks
     assert [check.passed for check in checks] == [True, False]
@@ -184,4 +186,6 @@ def test_what_only_repeats_the_learning_rate_does_not_separate() -> None:
     failing = row[-2].split(" of ")
     assert row[4].startswith("1.00") and failing[0] == failing[1] and row[-1].startswith("0 of ")
     early = calibration.conclude([{**each, "label": "failed early"} for each in results])
-    assert not early.rows and len(early.checks) == 1
+    assert not early.rows and not any(check.passed for check in early.checks)
+    one_task = calibration.conclude([each for each in results if each["settings"]["task"] == "english"])
+    assert passed(one_task.checks, "tasks on which median rho") is False, "one task is not enough"
