@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from .signals import Gradients, SignalValues, StepContext, verdict_values
-from .snapshot import Digests, StatePlan
+from .snapshot import Digests, Slot, StatePlan
 from .verdict import Action, Judgement, Verdict
 from .vote import Ballot
 from .watch import Watch
@@ -46,7 +46,7 @@ class Attempt:
         signals: What they measured, once all ranks know it; at an unjudged attempt, what this host knows anyway.
         signal_errors: What signals of this rank raised, by name.
         provisional: Its vote is under way, and it stands until that is read (deferred verdict).
-        edge: What the monitor of the edge of stability says after it; None without one.
+        edge: What the monitor of the edge of stability says of it; None without one, or at an unjudged attempt.
         seconds: Host time by part.
     """
 
@@ -93,7 +93,12 @@ class Attempt:
 
 @dataclass(frozen=True, slots=True)
 class Decision:
-    """What the ranks agreed to do, before it is done. ``fatal``: every rank's optimizer raised this."""
+    """What the ranks agreed to do, before it is done.
+
+    Attributes:
+        fatal: Every rank's optimizer raised this.
+        back_to: The older state to restore; None leaves the choice to the settlement.
+    """
 
     action: Action
     signal: str = ""
@@ -103,6 +108,7 @@ class Decision:
     measurement: float | None = None
     confirmation: float | None = None
     fatal: BaseException | None = None
+    back_to: Slot | None = None
 
 
 def event_of(attempt: Attempt, verdict: Verdict, decision: Decision, steps: int) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""The command line: ``dist-stability demo | experiment NAME | bench NAME | report RUN | doctor``."""
+"""The command line: ``dist-stability demo | experiment NAME | bench NAME | diagnose NAME | report RUN | doctor``."""
 
 from __future__ import annotations
 
@@ -9,11 +9,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from dist_stability.diagnostics.command import cli as diagnose
 from dist_stability.experiments.paper.protocol import ARMS, FAULTS
 from dist_stability.report.events import write_json
 
 BENCH_PARTS = ("open-loop", "noise", "bloom", "closed-loop")
-ENGINE_PARTS = ("snapshot", "step", "restore", "scale")
+ENGINE_PARTS = ("snapshot", "step", "restore", "edge", "scale")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -106,11 +107,34 @@ def _spectral(options: argparse.Namespace) -> int:
         return _failed(error)
 
 
+def _restrained(options: argparse.Namespace) -> int:
+    from dist_stability.experiments.restrained.command import experiment
+    from dist_stability.report.extras import MissingExtra, import_extra
+
+    try:
+        given = [name for name in ("seeds", "arms", "tasks") if getattr(options, name) is not None]
+        if given:
+            raise ValueError(f"--{given[0]}: does not go with restrained, whose settings are fixed in code")
+        for module, purpose in (("sklearn.datasets", "the digits"), ("matplotlib.figure", "the figures")):
+            import_extra(module, purpose)
+        return experiment(
+            options.out or Path("out") / "experiment-restrained",
+            parts=options.parts,
+            workers=options.workers,
+            quick=options.quick,
+            data=options.data,
+        )
+    except (MissingExtra, ValueError) as error:
+        return _failed(error)
+
+
 def _experiment(options: argparse.Namespace) -> int:
     if options.name in ("rksp", "kss"):
         return _spectral(options)
+    if options.name == "restrained":
+        return _restrained(options)
     if options.parts is not None:
-        return _failed(ValueError(f"--parts: goes with rksp, not with {options.name}"))
+        return _failed(ValueError(f"--parts: goes with rksp and restrained, not with {options.name}"))
     from dist_stability.experiments.paper.command import experiment
     from dist_stability.report.extras import MissingExtra, import_extra
 
@@ -181,7 +205,10 @@ def _parser() -> argparse.ArgumentParser:
         "experiment", help="the papers' experiments: arms against faults, and prediction of divergence"
     )
     experiment.add_argument(
-        "name", choices=["text", "vision", "rksp", "kss"], metavar="NAME", help="text, vision, rksp or kss"
+        "name",
+        choices=["text", "vision", "rksp", "kss", "restrained"],
+        metavar="NAME",
+        help="text, vision, rksp, kss or restrained",
     )
     experiment.add_argument("--out", type=Path, metavar="DIR", help="default: out/experiment-NAME")
     experiment.add_argument(
@@ -210,17 +237,25 @@ def _parser() -> argparse.ArgumentParser:
     )
     experiment.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: %(default)s")
     experiment.add_argument(
-        "--data", type=Path, metavar="DIR", help="folder of CIFAR-10, for vision; without it: digits"
+        "--data",
+        type=Path,
+        metavar="DIR",
+        help="folder of CIFAR-10 (restrained: adds R12), for vision; without it: digits",
     )
     experiment.add_argument(
         "--probe-size",
         type=int,
         metavar="N",
-        help="held-out examples in the probe; default: 16, vision 32",
+        help="held-out examples in the probe; default: 16, vision 128",
     )
     experiment.add_argument("--width", type=int, metavar="N", help="text: of the Transformer; default: 64")
     experiment.add_argument("--layers", type=int, metavar="N", help="text: of the Transformer; default: 2")
-    experiment.add_argument("--parts", nargs="+", metavar="PART", help="rksp: grids and checks; default: all")
+    experiment.add_argument(
+        "--parts",
+        nargs="+",
+        metavar="PART",
+        help="rksp: grids and checks; restrained: R1 to R11, calibration; default: all",
+    )
     experiment.add_argument("--quick", action="store_true", help="a few steps of everything, to see that it runs")
     experiment.set_defaults(run=_experiment)
 
@@ -250,6 +285,8 @@ def _parser() -> argparse.ArgumentParser:
     bench.set_defaults(run=_bench)
     _add_engine_benches(kinds)
 
+    diagnose.add(commands)
+
     report = commands.add_parser("report", help="figures and one page for a run, or for a folder of runs")
     report.add_argument("run_folder", type=Path, metavar="RUN", help="what a run was given as --out")
     report.add_argument("--out", type=Path, metavar="DIR", help="default: RUN/report")
@@ -266,20 +303,25 @@ def _add_engine_benches(kinds: Any) -> None:
     said = {
         "snapshot": "what a copy of the state costs the host, beside other ways to take one",
         "step": "whole training steps: plain, guarded in several ways, clone + deepcopy",
+        "edge": "what the monitor of the edge of stability costs, by level",
         "restore": "how long a restore and a whole rollback take, over a memcpy",
         "scale": "bytes, link time and collectives of Llama-3 at 8 to 16,384 ranks, planned without them",
-        "gpu": "all of these on a GPU, in less than ten minutes",
+        "recovery": "whole restarts: from shared memory, from a checkpoint, from the same by torch's own means",
+        "gpu": "all but the last of these on a GPU, in less than ten minutes",
     }
     for name, help_text in said.items():
         bench = kinds.add_parser(name, help=help_text)
         default = Path(f"out/bench-{name}")
         bench.add_argument("--out", type=Path, default=default, metavar="DIR", help="default: %(default)s")
         bench.add_argument("--quick", action="store_true", help="as little as possible, to see that it runs")
-        if name in ("snapshot", "step", "restore"):
+        if name in ("snapshot", "step", "restore", "edge", "recovery"):
             bench.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: %(default)s")
-        if name in ("step", "restore", "gpu"):
+        if name in ("step", "restore", "edge", "gpu"):
             text = "with two or more, DDP and FSDP2 on as many processes, too; default: 1"
             bench.add_argument("--ranks", type=int, default=1, metavar="N", help=text)
+        if name == "recovery":
+            text = "with two or more, under FSDP2; default: 2"
+            bench.add_argument("--ranks", type=int, default=2, metavar="N", help=text)
         if name == "scale":
             bench.add_argument("--link", type=float, metavar="GB/S", help="from device to host; default: 50, as stated")
         bench.set_defaults(run=_bench_engine, name=name)

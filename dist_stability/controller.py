@@ -37,7 +37,9 @@ from . import parallel
 from .attempt import PhaseListener, Phases
 from .cadence import Cadence, FixedCadence
 from .collapse import StepCollapse
+from .diagnostics.kss import SpectralShaping
 from .diagnostics.monitor import EdgeOfStabilityMonitor
+from .diagnostics.preflight import Preflight
 from .errors import LockstepError
 from .escalation import Ladder
 from .guarded_step import GuardedStep
@@ -45,6 +47,7 @@ from .guards import Guard
 from .hooks import FirstForward, OptimizerHooks
 from .learning_rate import RateCut
 from .ledger import Ledger
+from .looking_ahead import event_of_preflight, look_ahead
 from .measured_cadence import MeasuredCadence
 from .measuring import Measuring
 from .parts import Parts
@@ -65,6 +68,7 @@ from .validation import (
     check_persist,
     check_scaler,
     check_settings,
+    check_shaping,
 )
 from .verdict import Action, Verdict
 from .watch import is_transport_error
@@ -84,7 +88,8 @@ class StabilityController:
         rule: Judges the measurements; default :class:`PredictiveInnovation`.
         guards: Look at the gradients before the step; their "no" is a veto.
         extra_state: By name, what else belongs to the state: schedulers, an EMA, anything with ``state_dict`` and
-            ``load_state_dict``. Deep-copied on entry of every step, so keep it small.
+            ``load_state_dict``. Deep-copied on entry of every step, so keep it small. Objects that computing the loss
+            changes say so by a true attribute ``moved_by_forward``: theirs is the state before the forward.
         every: Judge attempts t with (t + 1) % every == 0, or when an :class:`AdaptiveCadence` says so, or "auto": as
             often as costs at most 2 % of the training time, measured (:class:`MeasuredCadence` for another bound). The
             others are accepted as ``unjudged``; a refusal takes them back (:meth:`batches` gives back what was good in
@@ -107,9 +112,11 @@ class StabilityController:
             poisoned stands still and harms nothing.
         confirm: A second probe, disjoint from the first: a step is then refused only if both refuse it.
         trend: Watches committed measurements for slow divergence; None for not at all.
-        edge: Watches after each judged attempt how far the run is from the edge of stability. Past it the ladder is
-            asked to cut the learning rate, and to go back behind a poisoned second moment. Not with
+        edge: Says after each judged proposal how far the run is from the edge of stability, and has the ladder cut the
+            learning rate past it and go back behind what poisoned Adam's second moment (a host copy more). Not with
             ``decision="deferred"``.
+        shaping: ``SpectralShaping(model)``, through which the loop takes its loss. Off until the ladder switches it
+            on, for good: where :meth:`preflight` said that the risk is high, and refusals repeat.
         escalation: When to do more about refusals than to skip, and when to stop.
         anchors: Older states kept for deep rollbacks, 8 commits apart (a host copy each); none are kept for a rule that
             cannot continue from them.
@@ -120,7 +127,8 @@ class StabilityController:
             (``Checkpoints(...)``), or several of these in a list.
         asked_to_stop: Whether this rank was told to end (a signal of the cluster). Asked at every vote, in which the
             answer rides: :attr:`stopping` is true on all ranks once it was yes on any.
-        on_event: Called on every rank with one dict for each attempt; deferred ones follow at the next step.
+        on_event: Called on every rank with one dict for each attempt (deferred ones follow at the next step), and for
+            :meth:`preflight`.
 
     Use it as a context manager around the loop: an exception in the loop then leaves the other ranks a note that says
     why this one stopped, and a collective of the loop's own that loses its peers becomes a :class:`LockstepError` that
@@ -156,6 +164,7 @@ class StabilityController:
         confirm: LossProbe | None = None,
         trend: Trend | None = _DEFAULT_TREND,
         edge: EdgeOfStabilityMonitor | None = None,
+        shaping: SpectralShaping | None = None,
         escalation: Escalation | None = None,
         anchors: int = 2,
         reload: Callable[[], int | None] | None = None,
@@ -172,13 +181,14 @@ class StabilityController:
         rule = PredictiveInnovation() if rule is None else rule
         trend = SlowDivergence() if trend is _DEFAULT_TREND else trend
         optimizers = check_optimizers(optimizer)
+        extra_state = check_shaping(shaping, model, extra_state, mode)
         guards, extra_state = check_parts(
             model, probe, rule, guards, extra_state, confirm, trend, reload, asked_to_stop
         )
-        check_edge(edge, decision)
         check_settings(
             every, mode, probe_on, timeout, replica_check_every, anchors, escalation, decision, split_replicas, shadow
         )
+        check_edge(edge, model, optimizers, decision)
         kept_in = check_persist(persist, mode)
         self.model, self.rule, self.mode, self.decision = model, rule, mode, decision
         self.cadence = _cadence(every)
@@ -204,7 +214,7 @@ class StabilityController:
             split,
             (2 if self._deferred else 1) if shadow and self._enforced else 0,
             source=None if self._persistence is None else self._persistence.memory,
-            spare=0 if self._persistence is None else self._persistence.slots + self._deferred,
+            spare=(0 if self._persistence is None else self._persistence.slots + self._deferred) + (edge is not None),
         )
         if self._persistence is not None:
             self._persistence.join(model, optimizers, self._recovery, phases)
@@ -238,7 +248,10 @@ class StabilityController:
             vote=self._vote,
             first_forward=self._first_forward,
             edge=edge,
+            shaping=shaping,
         )
+        if shaping is not None:
+            shaping.follow(lambda: ladder.shaping)
         self._attempts = GuardedStep(self._parts, self._deferred, replica_check_every, reload, on_event)
         settings = {
             **self._parts.settings(),
@@ -418,6 +431,43 @@ class StabilityController:
             raise RuntimeError("resume(): call it right after construction, before the first training forward")
         with self._parts.noted():
             return self._persistence.resume(self._continue, check_scaler(scaler))
+
+    def preflight(
+        self,
+        batches: Sequence[Any],
+        *,
+        lr: float | None = None,
+        loss_fn: Callable[[Any, Any], torch.Tensor] | None = None,
+        blocks: Sequence[str] | None = None,
+        search: bool = False,
+    ) -> Preflight:
+        """Before the first step: is this learning rate likely to diverge? Everything is undone, bit for bit.
+
+        Call it on all ranks after construction and before the first training forward, each with its own training
+        batches. What is found is told to ``on_event`` (``action`` "preflight", attempt -1) and to the ladder.
+
+        Args:
+            batches: As large as those of training; four are good.
+            lr: The largest of the run; by default the optimizers', or what a scheduler says their largest is.
+            loss_fn: ``loss_fn(model, batch)`` gives the training loss; by default the probe's.
+            blocks: Names of the blocks to be profiled; by default those of ``shaping``, or all lists of like modules.
+            search: Look for the largest stable rate as well, at some 15 times the cost.
+
+        Collectives: those of :func:`dist_stability.diagnostics.preflight.preflight`, of all ranks of the job.
+
+        Raises:
+            RuntimeError: The first forward or step is over.
+            NoBlocks, ValueError, LockstepError: As there.
+        """
+        if self._closed or self._ledger.attempt or self._first_forward.captured:
+            raise RuntimeError(
+                f"preflight(): attempt {self._ledger.attempt} has begun, or the controller is closed; call it right "
+                "after construction, before the first training forward"
+            )
+        with self._parts.noted():
+            found = look_ahead(self._parts, self.model, batches, lr, loss_fn, blocks, search)
+        self._attempts.tell(event_of_preflight(found))
+        return found
 
     def add_phase_listener(self, listener: PhaseListener) -> None:
         """Call ``listener(attempt, phase)`` at each phase of an attempt; for fault injection and tracing.

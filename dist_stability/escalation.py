@@ -5,6 +5,7 @@ A refusal undoes one step. What follows depends on why steps are refused, which 
     skip            the batch is dropped; nearly every fault ends here
     attenuate       the direction may be right and its length wrong: try theta_safe + lambda (proposal - theta_safe)
     cut_lr          shortened steps did pass, several in a row: the learning rate is cut for a while, then ramped back
+    shape           the preflight said that the risk is high, and so it is: spectral shaping from here on, if given
     deep_rollback   the committed state may be what is wrong: back to an older slot of the ring
     reload          nothing in memory helps: the last persisted state
     stop            with a report of what was tried and which pattern it fits
@@ -67,8 +68,9 @@ class Ladder:
         self._last_cut = -1  # attempt
         self._reloads = 0
         self._alarms = 0
-        self._asked = ""  # why an older state was asked for, by somebody other than the rule
-        self._went_back = False  # a deep rollback, a cut or a reload was tried in this episode
+        self._risky = False  # a look ahead before the first step said that the risk is high
+        self._shaping = False
+        self._went_back = False  # a deep rollback, a cut, shaping or a reload was tried in this episode
         self._recent: deque[dict[str, Any]] = deque(maxlen=_REMEMBERED)
         self._refusals: deque[int] = deque()  # attempts, within the window
         self._cuts: deque[int] = deque()
@@ -86,6 +88,15 @@ class Ladder:
         if ramped <= 0:
             return self._level
         return self._level + (1.0 - self._level) * min(1.0, ramped / self.settings.ramp_steps)
+
+    @property
+    def shaping(self) -> bool:
+        """Spectral shaping is switched on: a change of regime, which no rollback takes back."""
+        return self._shaping
+
+    def warned(self, risky: bool) -> None:
+        """Take note of a look ahead before the first step: whether the risk of divergence is high."""
+        self._risky = risky
 
     @property
     def episode_open(self) -> bool:
@@ -113,40 +124,33 @@ class Ladder:
         self._shortened = 0
         return self._step_stands()
 
-    def overdue(self) -> tuple[str, str] | None:
-        """Signal and reason of why the next proposal must be refused whatever the rule says, or None.
-
-        "trend": slow divergence was only warned of for long enough. "edge": :meth:`advise` asked for an older state.
-        """
-        if self._asked:
-            return "edge", self._asked
+    def overdue(self) -> str | None:
+        """Why the next proposal must be refused whatever the rule says, or None: slow divergence was only warned of."""
         after = self.settings.trend_after
         if not after or self._alarms < after:
             return None
-        return "trend", f"slow divergence, warned of for {self._alarms} commits in a row"
+        return f"slow divergence, warned of for {self._alarms} commits in a row"
 
-    def advise(self, attempt: int, rung: Rung, reason: str, factor: float | None = None, anchors: int = 0) -> bool:
-        """Somebody who watches the run suggests a rung, between two attempts.
+    def may_go_back(self, attempt: int) -> bool:
+        """Whether the budget has another deep rollback."""
+        self._forget(attempt)
+        return len(self._deeps) < self.settings.max_deep
+
+    def cut(self, attempt: int, factor: float) -> bool:
+        """Somebody who watches the run asks for a smaller learning rate, though the attempt may stand.
 
         Args:
-            attempt: That was just settled.
-            rung: CUT_LR is carried out at once, DEEP_ROLLBACK with the next judged attempt; others are not suggested.
-            reason: For people.
-            factor: Of the cut; by default that of the settings.
-            anchors: Older states that could be restored.
+            attempt: Its index.
+            factor: What the present learning rate is multiplied by.
 
         Returns:
-            Whether it is followed: the budgets for cuts and deep rollbacks hold here, too.
+            Whether it is cut, from the next attempt on: the budget of cuts holds here, too.
         """
         self._forget(attempt)
-        if rung is Rung.CUT_LR and self._may_cut(attempt):
-            self._cut(attempt, factor)
-            self._episode[rung] += 1
-            return True
-        if rung is Rung.DEEP_ROLLBACK and anchors > 0 and len(self._deeps) < self.settings.max_deep:
-            self._asked = reason
-            return True
-        return False
+        if not self._may_cut(attempt):
+            return False
+        self._cut(attempt, factor)
+        return True
 
     def refused(self, refusal: Refusal) -> Response:
         """An attempt is refused: what to do about it."""
@@ -161,13 +165,15 @@ class Ladder:
         if deep:
             self._deeps.append(refusal.attempt)
         if rung is Rung.CUT_LR:
-            self._cut(refusal.attempt)
+            self._cut(refusal.attempt, self.settings.cut_factor)
         if rung is Rung.RELOAD:
             self._reloads += 1
+        if rung is Rung.SHAPE:
+            self._shaping = True
         if rung is Rung.RELOAD or deep:
             self._alarms = 0
         pattern = self.pattern
-        self._went_back = self._went_back or deep or rung in (Rung.CUT_LR, Rung.RELOAD)
+        self._went_back = self._went_back or deep or rung in (Rung.CUT_LR, Rung.SHAPE, Rung.RELOAD)
         self._episode[rung] += 1
         self._recent[-1]["rung"] = str(rung)
         self.stopped = self.stopped or rung is Rung.STOP
@@ -281,10 +287,9 @@ class Ladder:
         settings = self.settings
         if self.stopped or self.in_a_row >= settings.max_refusals_in_row or self._window_spent():
             return Rung.STOP, False
+        if refusal.signal == "edge":  # who refused it knows the state to go back to, and asked for the budget
+            return Rung.DEEP_ROLLBACK, True
         may_go_back = refusal.anchors > 0 and len(self._deeps) < settings.max_deep
-        if self._asked and (refusal.signal == "edge" or refusal.quiet):
-            self._asked = ""
-            return (Rung.DEEP_ROLLBACK, True) if may_go_back else (Rung.SKIP, False)
         if refusal.signal == "trend" or (refusal.quiet and self.overdue() is not None):
             self._alarms = 0
             if self._may_cut(refusal.attempt):
@@ -300,6 +305,8 @@ class Ladder:
             return Rung.DEEP_ROLLBACK, True
         if self._shortened >= _SHORTENED_IN_A_ROW and self._may_cut(refusal.attempt):
             return Rung.CUT_LR, False
+        if self._may_shape(refusal):
+            return Rung.SHAPE, False
         # Where a shorter step has just passed, the next refusal need not wait for it.
         patience = 1 if self._shortened else settings.attenuate_after
         if refusal.quiet and refusal.alone and settings.attenuate_after and self._quiet >= patience:
@@ -308,12 +315,22 @@ class Ladder:
             self._wait -= 1
         return Rung.SKIP, False
 
+    def _may_shape(self, refusal: Refusal) -> bool:
+        after = self.settings.shape_after
+        wanted = self._risky and refusal.can_shape and self._about_the_step(refusal) and not self._shaping
+        return wanted and 0 < after <= self._episode["by probe"]
+
+    @staticmethod
+    def _about_the_step(refusal: Refusal) -> bool:
+        """The probe saw harm, quietly or not: at a rate too high for the model the gradients say so as well."""
+        return refusal.signal == "probe" and refusal.finite
+
     def _may_cut(self, attempt: int) -> bool:
         spent = len(self._cuts) >= self.settings.max_cuts
         return not spent and (self._last_cut < 0 or attempt - self._last_cut > _CUT_GAP)
 
-    def _cut(self, attempt: int, factor: float | None = None) -> None:
-        self._level = self.learning_rate_factor * (self.settings.cut_factor if factor is None else factor)
+    def _cut(self, attempt: int, factor: float) -> None:
+        self._level = self.learning_rate_factor * factor
         self._since_cut = 0
         self._last_cut = attempt
         self._cuts.append(attempt)
@@ -346,6 +363,7 @@ class Ladder:
 
     def _remember(self, refusal: Refusal) -> None:
         self._episode["refusals"] += 1
+        self._episode["by probe"] += self._about_the_step(refusal)
         self._episode["not finite"] += not refusal.finite
         self._episode["after going back"] += self._went_back
         if refusal.batch is not None:
@@ -376,6 +394,7 @@ _NUMBERS = (
     "last_cut",
     "reloads",
     "alarms",
-    "asked",
+    "risky",
+    "shaping",
     "went_back",
 )

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from .attempt import Attempt, Decision, event_of
+from .edge_watch import EdgeWatch
 from .errors import LockstepError, StabilityError
 from .judging import Judging, Question
 from .learning_rate import announced
@@ -87,8 +88,10 @@ class GuardedStep:
             parts.vote,
             replica_check_every > 0,
             reload,
+            parts.shaping is not None,
             self._identify_batch,
         )
+        self._edge = None if parts.edge is None else EdgeWatch(parts.edge, parts)
         self.verdict: Verdict | None = None
         self.pending: Question | None = None
         self.replay: Replay | None = None
@@ -270,6 +273,8 @@ class GuardedStep:
         if self._deferred and attempt.judged and not attempt.vetoed and not attempt.overflow:
             return self._defer(attempt)
         decision = self._decide(attempt)
+        if self._edge is not None:
+            decision = self._edge.look(attempt, decision)
         outcome = self._settle(attempt, decision)
         # After a refusal the scaler is as it was before; a shorter step is taken from that state, too.
         if attempt.scaler is not None and outcome.action in (Action.COMMIT, Action.UNJUDGED, Action.SCALER_SKIP):
@@ -353,7 +358,6 @@ class GuardedStep:
             warning=outcome.warning,
         )
         self.verdict = verdict
-        self._look_at_edge(attempt, verdict, finite=decision.measurement is None or math.isfinite(decision.measurement))
         if not begun:
             self._await_forward()
             self._phases.enter("done")
@@ -371,38 +375,13 @@ class GuardedStep:
             raise self._ladder.stop(verdict.step, verdict.reason)
         return verdict
 
-    def _look_at_edge(self, attempt: Attempt, verdict: Verdict, finite: bool) -> None:
-        """Where the run stands now. What is suggested about it is the ladder's to do.
-
-        Collectives: those of the monitor, when a measurement is due: the same on every rank.
-        """
-        edge = self._parts.edge
-        if edge is None or not attempt.judged:
-            return
-        action = verdict.action if verdict.would is None else verdict.would
-        values = dict(attempt.signals.values)
-        if attempt.norm is not None:
-            values["gradient_norm"] = attempt.norm
-        self._phases.enter("edge")
-        # A measurement moves the weights and puts them back: nobody may be copying them, nor take its forward for one
-        # of the loop's.
-        self._recovery.before_step()
-        self._first_forward.paused = True
-        try:
-            with attempt.timed("edge"):
-                refused = action.refused and verdict.signal == "probe"
-                said = edge.after_step(attempt.index, values, refused=refused, finite=finite)
-        finally:
-            self._first_forward.paused = False
-        acted = False
-        if self._enforced and said.rung is not None:
-            anchors = len(self._recovery.ring.older)
-            acted = self._ladder.advise(attempt.index, said.rung, said.reason, said.factor, anchors)
-        attempt.edge = {**edge.event(said), "acted": acted}
-
     def _tell(self, attempt: Attempt, verdict: Verdict, decision: Decision, cadence: str | None = None) -> None:
+        self.tell({**event_of(attempt, verdict, decision, self._ledger.steps), "cadence": cadence})
+
+    def tell(self, event: dict[str, Any]) -> None:
+        """Tell whoever listens."""
         if self._on_event is not None:
-            self._on_event({**event_of(attempt, verdict, decision, self._ledger.steps), "cadence": cadence})
+            self._on_event(event)
 
     def _record_cadence(self, attempt: Attempt, verdict: Verdict, decision: Decision) -> str | None:
         innovation, bound, fraction = verdict.innovation, verdict.bound, None
@@ -422,7 +401,6 @@ class GuardedStep:
 
     def _agreement(self, gradients: Gradients, judged: bool) -> dict[str, int | torch.Tensor]:
         """Numbers that must be equal on all ranks in every vote of this attempt."""
-        edge = self._parts.edge
         fields: dict[str, int | torch.Tensor] = {
             "step": self._ledger.attempt,
             "judged": int(judged),
@@ -431,8 +409,8 @@ class GuardedStep:
             "history of verdicts": self._ledger.history,
             "loaded checkpoint": self._ledger.loaded,
         }
-        if edge is not None:
-            fields["edge of stability"] = edge.place
+        if self._edge is not None:
+            fields["edge of stability"] = self._edge.standing
         if gradients.caller_norm is not None:
             fields["gradient norm"] = bits(gradients.caller_norm)
         return fields

@@ -264,5 +264,5 @@ class Judging:
             if not math.isfinite(tally.measurement):
                 reason += self._name_nonfinite(attempt)
         elif (overdue := self._ladder.overdue()) is not None:
-            action, (signal, reason) = Action.ROLLBACK, overdue
+            action, signal, reason = Action.ROLLBACK, "trend", overdue
         return Decision(action, signal, reason, self._vote.ranks[0], judgement, tally.measurement, second)

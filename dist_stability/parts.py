@@ -11,6 +11,7 @@ from torch.optim import Optimizer
 
 from .attempt import Phases, one_line
 from .cadence import Cadence
+from .diagnostics.kss import SpectralShaping
 from .diagnostics.monitor import EdgeOfStabilityMonitor
 from .errors import LockstepError
 from .escalation import Ladder
@@ -49,7 +50,8 @@ class Parts:
         phases: Says where this rank is.
         vote: With the other ranks.
         first_forward: Hears the first training forward of an attempt.
-        edge: Watches for the edge of stability, or None.
+        edge: Says how far the run is from the edge of stability, or None.
+        shaping: Spectral shaping of the loss that the ladder may switch on, or None.
     """
 
     enforced: bool
@@ -70,6 +72,7 @@ class Parts:
     vote: Vote
     first_forward: FirstForward
     edge: EdgeOfStabilityMonitor | None = None
+    shaping: SpectralShaping | None = None
 
     def settings(self) -> dict[str, Any]:
         """What must be equal on all ranks, by name."""
@@ -83,6 +86,7 @@ class Parts:
             "probe": probes,
             "signals": self.monitor.settings(),
             "edge": None if self.edge is None else self.edge.describe(),
+            "shaping": None if self.shaping is None else f"{self.shaping.settings} for {self.shaping.blocks}",
             "extra_state": sorted(self.extra_state),
             "model and optimizer": self.recovery.plan.signature,
         }
@@ -115,7 +119,7 @@ class Parts:
         self.cadence.load_state_dict(state["cadence"])
         self.monitor.load_state_dict(state["signals"])
         self.guarantees.load_state_dict(state["guarantees"])
-        if self.edge is not None and state.get("edge") is not None:
+        if self.edge is not None and state.get("edge") is not None:  # a monitor may come and go between runs
             self.edge.load_state_dict(state["edge"])
         self.ledger.load_state_dict(state)
         self.phases.attempt = self.ledger.attempt

@@ -26,7 +26,7 @@ from __future__ import annotations
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 import torch.distributed as dist
@@ -273,7 +273,10 @@ class Persistence:
     @staticmethod
     def _captured(slot: Slot) -> tuple[dict[str, Any], EntryState | None]:
         assert slot.forward is not None
-        return slot.forward.export(), slot.entry
+        entry = slot.entry
+        if entry is not None:  # a restart repeats the forward, so it begins with what was before it
+            entry = replace(entry, extra={**entry.extra, **slot.forward.moved})
+        return slot.forward.export(), entry
 
     def _standing(self, between: Between) -> tuple[dict[str, Any], EntryState]:
         """What would be captured of the next attempt if it began now."""

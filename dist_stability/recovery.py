@@ -86,7 +86,7 @@ class Recovery:
         self.ring = SlotRing(anchors, Copier(), spare, source)
         self._shadows = [Shadow() for _ in range(shadows)]
         # What an attempt that follows unjudged ones would be undone to by a veto; a rollback goes further back.
-        self._scratch = ForwardState(model)
+        self._scratch = ForwardState(model, self._extra_state)
         self._forward = self._scratch
         self._entry: EntryState | None = None
         self._held: Slot | None = None
@@ -126,7 +126,7 @@ class Recovery:
         else:
             slot = self.ring.safe if self._held is None else self._held
             if slot.forward is None:
-                slot.forward = ForwardState(self._model)
+                slot.forward = ForwardState(self._model, self._extra_state)
             self._forward = slot.forward
         self._forward.capture()
 
@@ -145,20 +145,38 @@ class Recovery:
         self.commit(self.plan, attempt)
 
     def resumed(
-        self, plan: StatePlan, attempt: int, measurement: float | None, live: Digests, random: RandomState | None
+        self,
+        plan: StatePlan,
+        attempt: int,
+        made: int,
+        measurement: float | None,
+        live: Digests,
+        random: RandomState | None,
+        found: Slot | None,
     ) -> None:
         """The state of an earlier process stands: it is the committed one.
 
         Args:
             plan: Of what stands.
             attempt: Index of the attempt that was committed.
+            made: Attempts that had been made.
             measurement: What the probe measured of it then.
             live: Digests of what stands.
             random: Where the random streams are to be when the next training forward begins; None if they get there by
                 themselves.
+            found: The slot of the ring that it was read from, if it has all that this process would copy into one.
         """
-        self.ring.reset()
-        self.commit(plan, attempt, measurement, digests=live)
+        self._phases.enter("copy")
+        if found is not None and found.keep(live, made, self._phases.chunk("copy")):
+            found.measurement, self.plan = measurement, plan
+            found.publish()
+            self.ring.adopt(found)
+            self._shade(found)
+        else:
+            if found is not None:
+                found.close()
+            self.ring.reset()
+            self.commit(plan, attempt, measurement, digests=live)
         self._stale, self._resumed = False, random
 
     def proposal(self) -> tuple[StatePlan, Image]:
@@ -259,10 +277,10 @@ class Recovery:
     # ------------------------------------------------------------------ undo
 
     def undo_forward(self, scaler: Any) -> None:
-        """A veto: the step was a no-op; take back the forward's RNG draws, its buffers, and the scaler's unscaling."""
-        self._forward.restore()
+        """A veto: the step was a no-op; take back what the forward has moved, and the scaler's unscaling."""
         if scaler is not None and self._entry is not None:
             self._entry.restore(self._optimizers, scaler, self._extra_state)
+        self._forward.restore()  # last: what a forward moves was captured before it, the entry after it
 
     def restore(self, attempt: Attempt, wanted: Slot, vote: Vote, guarantees: Guarantees, replicas: bool) -> Slot:
         """Bring every rank back to ``wanted``, or to the newest older slot that is sound on all of them.

@@ -3,9 +3,10 @@
 What is kept, and when, is in persistence.py.
 
 All ranks list what they have in all tiers; the newest moment that every one of them has, wherever, is tried, then older
-ones. A record is compared with the model and checked against its digests on every rank before anything is written, and
-the restored state against them afterwards. A checkpoint can also be taken over by another number of ranks or another
-kind of parallelism: then each rank reads the parts of the whole tensors that it holds now.
+ones. A record is compared with the model and checked against its digests on every rank before anything is written; what
+has then come over a link (from another rank, to a device) is checked again. A slot in shared memory is taken over: it
+becomes the safe slot of this process without being copied. A checkpoint can also be taken over by another number of
+ranks or another kind of parallelism: then each rank reads the parts of the whole tensors that it holds now.
 """
 
 from __future__ import annotations
@@ -135,31 +136,31 @@ class Resuming:
             notes: To be said, the same on all ranks.
         """
         own: dict[Key, list[tuple[str, Found]]] = {}
-        whole: dict[Key, tuple[str, Whole]] = {}
+        whole: list[dict[Key, Whole]] = []  # by tier: all ranks read the same one together
         said: list[str] = []
         for tier in self._tiers:
             listing = tier.list(self._vote.world, self._recovery.plan.signature)
             for found in listing.found:
                 own.setdefault(found.head.key, []).append((tier.name, found))
-            for each in listing.whole:
-                whole.setdefault(each.head.key, (tier.name, each))
+            whole.append({each.head.key: each for each in listing.whole})
             said += listing.said[:4]
-        told = self._vote.gather({"own": sorted(own), "whole": sorted(whole), "said": said}, -1)
+        told = self._vote.gather({"own": sorted(own), "whole": [sorted(keys) for keys in whole], "said": said}, -1)
         notes = [*notes, *_notes({rank: one["said"] for rank, one in told.items()})]
-        common = {
-            kind: set.intersection(*({tuple(key) for key in one[kind]} for one in told.values()))
-            for kind in ("own", "whole")
+        own_of_all = _common([one["own"] for one in told.values()])
+        whole_of_all = [_common([one["whole"][place] for one in told.values()]) for place in range(len(whole))]
+        keys = sorted(own_of_all.union(*whole_of_all), reverse=True)
+        everyone = {
+            rank: [tuple(key) for keys in (one["own"], *one["whole"]) for key in keys] for rank, one in told.items()
         }
-        keys = sorted(common["own"] | common["whole"], reverse=True)
-        everyone = {rank: [tuple(key) for key in (*one["own"], *one["whole"])] for rank, one in told.items()}
         notes += _missing(everyone, keys[0] if keys else None)
         for key in keys:
-            ways: list[Callable[[], tuple[str, _Ready]]] = []
-            if key in common["own"]:
-                ways.append(partial(self._first_that_fits, own[key], scaler))
-            if key in common["whole"]:
-                ways.append(partial(self._reshape, *whole[key], scaler))
-            for way in ways:
+            ways: list[tuple[str, Callable[[], tuple[str, _Ready]]]] = []
+            if key in own_of_all:
+                ways.append(("", partial(self._first_that_fits, own[key], scaler)))
+            for tier, has, of_all in zip(self._tiers, whole, whole_of_all, strict=True):
+                if key in of_all:
+                    ways.append((f" in {tier.name}", partial(self._reshape, tier.name, has[key], scaler)))
+            for where, way in ways:
                 ready: _Ready | None = None
                 source, failure = "", None
                 try:
@@ -175,7 +176,8 @@ class Resuming:
                 if ready is not None:
                     ready.rebuilt.undo()
                     ready.close()
-                notes += [f"attempt {key[0]} on {text}" for text in _notes({r: [t] for r, t in failed.items()})]
+                where = where if len(ways) > 1 else ""
+                notes += [f"attempt {key[0]}{where} on {text}" for text in _notes({r: [t] for r, t in failed.items()})]
         self._recovery.plan = self._recovery.build_plan()
         why = "; ".join(notes) if notes else "no earlier process left anything"
         places = " or ".join(tier.where for tier in self._tiers)
@@ -198,7 +200,7 @@ class Resuming:
             Unusable, SnapshotError: It does not fit, or is damaged; nothing has changed then.
         """
         rebuilt = None
-        slot = Slot()
+        slot = self._recovery.ring.begin()
         try:
             head, body = found.head, loads(found.body)
             form, entry = loads(body["form"]), self._checked(body, scaler)
@@ -296,21 +298,16 @@ class Resuming:
             ForwardState(self._model).load_buffers({"buffers": ready.buffers})
             parallel.reshard(self._model)
             torch.clear_autocast_cache()
-            live = plan.digests(plan.tensors())
-            expected = {} if slot is None else slot.digests
-            wrong = [ranks for ranks, digest in expected.items() if int(live[ranks]) != int(digest)]
-            if wrong:
-                raise SnapshotError(f"the restored state of ranks {list(wrong[0])} is not what was committed")
+            live = self._standing(plan, slot)
             load(body["controller"], ready.replay, head.key)
         except Exception as error:
             failure = error
         self._agree(failure, head, live)
         drawn = body["forward"]["random"] if ready.streams else None
         random = None if drawn is None else RandomState.of(drawn)
-        self._recovery.resumed(plan, head.attempt, body["measurement"], live, random)
+        self._recovery.resumed(plan, head.attempt, head.made, body["measurement"], live, random, slot)
         if ready.streams:
             RandomState.of(body["before fetch"]).restore()
-        ready.close()
         for tier in self._tiers:
             tier.begin(head.made, ready.found if tier.name == sources[self._vote.rank] else None)
         self._phases.enter("training")
@@ -329,6 +326,21 @@ class Resuming:
             "; ".join([line, *notes]),
             slot is not None,
         )
+
+    @staticmethod
+    def _standing(plan: StatePlan, slot: Slot | None) -> Digests:
+        """Digests of what stands; SnapshotError if they are not those of the slot that it is from.
+
+        What was copied within the host's memory, from bytes whose digests have just been compared, is not read again.
+        """
+        if slot is not None and slot.on_host:
+            return slot.digests
+        live = plan.digests(plan.tensors())
+        expected = {} if slot is None else slot.digests
+        wrong = [ranks for ranks, digest in expected.items() if int(live[ranks]) != int(digest)]
+        if wrong:
+            raise SnapshotError(f"the restored state of ranks {list(wrong[0])} is not what was committed")
+        return live
 
     def _said_reshaped(self, ready: _Ready) -> str:
         now = f"{self._vote.world} ranks ({parallel.describe(self._model)})"
@@ -359,6 +371,11 @@ class Resuming:
                 ranks=failed,
                 step=head.made,
             ) from failure
+
+
+def _common(keys: Sequence[Sequence[Sequence[int]]]) -> set[Key]:
+    """What is in each of several lists; the keys have been through a gather."""
+    return set.intersection(*({(made, attempt, history) for made, attempt, history in each} for each in keys))
 
 
 def _why(failure: Exception | None) -> str | None:

@@ -12,6 +12,7 @@ class Rung(StrEnum):
     SKIP = "skip"
     ATTENUATE = "attenuate"
     CUT_LR = "cut_lr"
+    SHAPE = "shape"
     DEEP_ROLLBACK = "deep_rollback"
     RELOAD = "reload"
     STOP = "stop"
@@ -52,6 +53,8 @@ class Escalation:
         cut_factor: What a cut multiplies the learning rate by.
         cut_steps: Accepted steps at the cut learning rate.
         ramp_steps: Accepted steps over which it then returns, linearly.
+        shape_after: Refusals of an episode by the probe from which on spectral shaping is switched on, if the
+            controller was given it and its preflight said that the risk is high. Once in a run, and for good.
         trend_after: Commits in a row with an alarm of slow divergence before it is acted on.
         deep_after: Refusals in a row after which an older state is restored, asked for by the rule or not.
         max_deep: Deep rollbacks per window, those that the rule asks for included.
@@ -68,6 +71,7 @@ class Escalation:
     cut_factor: float = 0.25
     cut_steps: int = 64
     ramp_steps: int = 64
+    shape_after: int = 8
     trend_after: int = 16
     deep_after: int = 64
     max_deep: int = 8
@@ -111,7 +115,7 @@ class Refusal:
 
     Attributes:
         attempt: Its index.
-        signal: What refused it: "probe", "gradient", "error", "replica", "trend".
+        signal: What refused it: "probe", "gradient", "error", "replica", "trend", "edge".
         reason: One line for people.
         measurement: The probe's value, or None.
         evidence: Gradient evidence of the rule's judgement, in scales.
@@ -120,6 +124,7 @@ class Refusal:
         alone: The proposal was this attempt's alone; no unjudged steps are in it.
         anchors: Older states that could be restored.
         can_reload: The controller was given a way to load a persisted state.
+        can_shape: The controller was given spectral shaping.
         batch: Content digest of its batch, or None where batches are not known.
     """
 
@@ -133,6 +138,7 @@ class Refusal:
     alone: bool = True
     anchors: int = 0
     can_reload: bool = False
+    can_shape: bool = False
     batch: int | None = None
 
     @property

@@ -22,6 +22,7 @@ from .recovery import Recovery
 from .rules import Guarantees
 from .rules.panel import Panel
 from .rungs import Refusal, Response, Rung
+from .snapshot import Slot
 from .verdict import Action, Judgement
 from .veto import VetoStage
 from .vote import Vote
@@ -61,6 +62,7 @@ class Settlement:
         vote: Of this controller.
         compare_replicas: A restore compares the restored bits over replicas.
         reload: Loads the last persisted state on all ranks, or None.
+        can_shape: There is spectral shaping that the ladder could switch on.
         identify_batch: Content digest of the batch of an attempt, agreed by all ranks; None where it is not known.
     """
 
@@ -76,13 +78,14 @@ class Settlement:
         vote: Vote,
         compare_replicas: bool,
         reload: Callable[[], int | None] | None,
+        can_shape: bool,
         identify_batch: Callable[[Attempt], int | None],
     ) -> None:
         """Remember the parts."""
         self._recovery, self._judging, self._panel, self._ladder = recovery, judging, panel, ladder
         self._guarantees, self._ledger, self._veto, self._vote = guarantees, ledger, veto, vote
         self._compare_replicas, self._reload_state = compare_replicas, reload
-        self._identify_batch = identify_batch
+        self._can_shape, self._identify_batch = can_shape, identify_batch
 
     def settle(self, attempt: Attempt, decision: Decision) -> Outcome:
         """Do what was decided.
@@ -153,9 +156,8 @@ class Settlement:
                 self._recovery.keep(measurement, anchor)
             else:
                 self._recovery.commit(attempt.plan, self._ledger.attempt, measurement, anchor, attempt.digests)
-        ring = self._recovery.ring
         if self._reload_state is None:  # a persisted state may be older than anything in memory
-            self._ledger.forget(min(slot.attempt for slot in (ring.safe, *ring.anchors)))
+            self._ledger.forget(self._recovery.ring.oldest)
         return warning
 
     # ------------------------------------------------------------------ refused
@@ -188,7 +190,8 @@ class Settlement:
         if response.rung is Rung.ATTENUATE:
             return self._attenuate(attempt, outcome)
         with attempt.timed("restore"):
-            action, undone = self._restore(attempt, response.deep, oldest=decision.action is not Action.DEEP_ROLLBACK)
+            oldest = decision.action is not Action.DEEP_ROLLBACK
+            action, undone = self._restore(attempt, response.deep, oldest, decision.back_to)
         return replace(outcome, action=action, undone=undone)
 
     def _facts(self, attempt: Attempt, decision: Decision) -> Refusal:
@@ -208,15 +211,20 @@ class Settlement:
             alone=alone,
             anchors=len(self._recovery.ring.older),
             can_reload=self._reload_state is not None,
+            can_shape=self._can_shape,
             # With unjudged steps in the proposal any of their batches may be guilty; the replay will tell.
             batch=self._identify_batch(attempt) if alone else None,
         )
 
-    def _restore(self, attempt: Attempt, deep: bool = False, oldest: bool = True) -> tuple[Action, tuple[int, ...]]:
+    def _restore(
+        self, attempt: Attempt, deep: bool = False, oldest: bool = True, back_to: Slot | None = None
+    ) -> tuple[Action, tuple[int, ...]]:
         """Back to the last committed state or an older one: (what that is called, attempts undone by it)."""
         ring, safe = self._recovery.ring, self._recovery.ring.safe
         wanted = safe
-        if deep:
+        if deep and back_to is not None:
+            wanted = back_to
+        elif deep:
             older = ring.older
             # What a rule asks for is the anchor before the newest, 8 to 16 commits back; the ladder wants all it has.
             wanted = older[0] if oldest or ring.anchors[-2:][0] not in older else ring.anchors[-2:][0]

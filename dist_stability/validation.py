@@ -9,14 +9,20 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
+from . import parallel
 from .cadence import Cadence
+from .diagnostics.kss import SpectralShaping
 from .diagnostics.monitor import EdgeOfStabilityMonitor
+from .diagnostics.update_rule import UpdateRule
 from .rules import Rule
 from .rungs import Escalation
 from .signals import LossProbe
 from .snapshot.tiers.checkpoints import Checkpoints
 from .snapshot.tiers.peers import PeerCopies
 from .snapshot.tiers.shared_memory import SharedMemory
+
+SHAPING = "spectral shaping"
+"""Its name in the extra state."""
 
 MODES = ("enforce", "observe")
 PROBE_ON = ("rank0", "mean")
@@ -52,22 +58,25 @@ def check_optimizers(optimizer: Optimizer | Iterable[Optimizer]) -> tuple[Optimi
     return optimizers
 
 
-def check_edge(edge: Any, decision: str) -> None:
-    """The monitor of the edge of stability.
+def check_shaping(shaping: Any, model: nn.Module, extra_state: Any, mode: str) -> dict[str, Any]:
+    """Spectral shaping for the ladder; returns ``extra_state`` with it.
 
     Raises:
         TypeError: Something else.
-        ValueError: With a deferred verdict: the weights it would measure are not committed.
+        ValueError: Of another model, given twice, or in observe mode, where there is no ladder to switch it on.
     """
-    if edge is None:
-        return
-    if not isinstance(edge, EdgeOfStabilityMonitor):
-        raise TypeError(f"edge: expected EdgeOfStabilityMonitor(...) or None, got {_kind(edge)}")
-    if decision == "deferred":
-        raise ValueError(
-            'edge: does not go with decision="deferred": between two steps the weights are not committed yet. Use '
-            'decision="immediate", or give DirectionalRatio(...) in signals= alone'
-        )
+    given = {} if extra_state is None else extra_state
+    if shaping is None or not isinstance(given, Mapping):
+        return given
+    if not isinstance(shaping, SpectralShaping):
+        raise TypeError(f"shaping: expected SpectralShaping(model, ...) or None, got {_kind(shaping)}")
+    if shaping.model is not model:
+        raise ValueError("shaping: it was made for another model; give both the one that the loop calls")
+    if any(value is shaping for value in given.values()) or SHAPING in given:
+        raise ValueError(f"extra_state: leave out {SHAPING!r}; shaping= has it")
+    if mode != "enforce":
+        raise ValueError(f"shaping: mode={mode!r} never acts, so it would never be switched on; leave it out")
+    return {**given, SHAPING: shaping}
 
 
 def check_parts(
@@ -169,6 +178,37 @@ def check_settings(
         )
     if isinstance(timeout, bool) or not isinstance(timeout, (int, float)) or not timeout > 0:
         raise ValueError(f"timeout: expected seconds above 0, got {timeout!r}")
+
+
+def check_edge(edge: Any, model: nn.Module, optimizers: Sequence[Optimizer], decision: str) -> None:
+    """The monitor of the edge of stability, if there is one.
+
+    Raises:
+        TypeError: Something else.
+        ValueError: With a deferred verdict, or it measures something else than what is trained.
+        StabilityError: Nothing is known of the stability of an optimizer.
+    """
+    if edge is None:
+        return
+    where = f"rank {parallel.this_rank()}: edge:"
+    if not isinstance(edge, EdgeOfStabilityMonitor):
+        raise TypeError(f"{where} expected EdgeOfStabilityMonitor(...) or None, got {_kind(edge)}")
+    if decision == "deferred":
+        raise ValueError(
+            f'{where} does not go with decision="deferred", whose verdict comes when the weights have moved on. Use '
+            'decision="immediate", or give DirectionalRatio(...) in signals= and no monitor'
+        )
+    if edge.sharpness is None:
+        return
+    measured = edge.sharpness.curvature
+    if measured.model is not model or {*map(id, measured.space.optimizers)} != {*map(id, optimizers)}:
+        raise ValueError(
+            f"{where} its Sharpness was made for another model or optimizer than the controller's; make it with the "
+            "model that the loop calls, wrappers included, and the same optimizers"
+        )
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            UpdateRule.of(optimizer, group)
 
 
 def check_persist(persist: Any, mode: str) -> tuple[SharedMemory | Checkpoints | PeerCopies, ...]:

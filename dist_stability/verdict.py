@@ -66,8 +66,8 @@ class Verdict:
         innovation: See :class:`Judgement`; None when nothing was judged.
         bound: See :class:`Judgement`; None when nothing was judged.
         reason: One line for people.
-        rung: How far up the ladder a refusal led: "skip", "attenuate", "cut_lr", "deep_rollback", "reload", "stop"; ""
-            when nothing was refused.
+        rung: How far up the ladder a refusal led: "skip", "attenuate", "cut_lr", "shape", "deep_rollback", "reload",
+            "stop"; "" when nothing was refused.
         pattern: What the refusals so far look like: "transient", "data", "structural", "numerics"; also given by the
             accepted attempt that ends an episode; else "".
         warning: What slow divergence was noticed in the committed measurements; "" for none.

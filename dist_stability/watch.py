@@ -21,8 +21,18 @@ from typing import TypeVar
 import torch.distributed as dist
 
 PHASES = (
-    *("training", "gradients", "veto vote", "step", "after step", "probe", "vote", "copy", "restore"),
-    *("edge", "done"),
+    "preflight",
+    "training",
+    "gradients",
+    "veto vote",
+    "step",
+    "after step",
+    "probe",
+    "vote",
+    "edge",
+    "copy",
+    "restore",
+    "done",
 )
 """The phases of one attempt, in order. "training" is everything between two calls of ``step()``."""
 

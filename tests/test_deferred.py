@@ -126,6 +126,7 @@ def test_several_faults(mode: str) -> None:
     jobs = [
         deferred(case, (FLIP.format(3, last), FLIP.format(5, 0)), (4, 6), (3, 5)),
         deferred(case, (FLIP.format(3, last), nan.format(4)), (4,), (3,)),
+        deferred(replace(case, shape=3), (FLIP.format(3, last), nan.format(6)), (4, 7), (3, 6)),
         deferred(case, (nan.format(3), nan.format(4)), (4,), (3,)),
         deferred(case, tuple(nan.format(attempt) for attempt in (3, 4, 5)), (4, 6), (3, 5)),
         deferred(replace(case, model="conv"), tuple(flips), (3, 5, 8), (2, 4)),

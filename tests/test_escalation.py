@@ -154,7 +154,7 @@ def test_slow_divergence_is_warned_of_and_then_acted_on() -> None:
     accept(ladder, range(4, 8))  # attempts that nobody measured leave the count alone
     assert ladder.overdue() is None
     accept(ladder, range(8, 9), alarm=True)
-    assert "5 commits" in (ladder.overdue() or ("", ""))[1]
+    assert "5 commits" in (ladder.overdue() or "")
     response = ladder.refused(Refusal(9, "trend", anchors=1))
     assert response.rung is Rung.CUT_LR and response.deep and ladder.learning_rate_factor == 0.25
     assert ladder.overdue() is None, "it has been acted on"
@@ -191,6 +191,33 @@ def test_patterns() -> None:
     assert response.pattern is Pattern.TRANSIENT, "going back may help yet"
     assert structural.refused(Refusal(1, "probe")).pattern is Pattern.STRUCTURAL
     assert set(ADVICE) == set(Pattern)
+
+
+def test_shaping_is_switched_on_once_where_the_risk_was_high_and_refusals_repeat() -> None:
+    settings = Escalation(shape_after=3, attenuate_after=0)
+
+    def rungs(risky: bool, **facts: Any) -> list[str]:
+        ladder = Ladder(settings)
+        ladder.warned(risky)
+        return refuse(ladder, range(6), **facts)
+
+    for facts in ({}, {"evidence": 3.0}, {"alone": False}):
+        assert rungs(True, can_shape=True, **facts) == ["skip", "skip", "shape", "skip", "skip", "skip"]
+    for facts in (LOUD, {"finite": False}, {"signal": "error"}):
+        assert rungs(True, can_shape=True, **facts) == ["skip"] * 6, "says nothing about the length of steps"
+    assert rungs(False, can_shape=True) == ["skip"] * 6 == rungs(True), "no risk, or nothing to switch on"
+    ladder = Ladder(settings)
+    ladder.warned(True)
+    assert refuse(ladder, range(20), can_shape=True, finite=False) == ["skip"] * 20
+    assert refuse(ladder, range(20, 21), can_shape=True) == ["skip"], "those do not count"
+    ladder = Ladder(settings)
+    ladder.warned(True)
+    assert refuse(ladder, range(2), can_shape=True) == ["skip"] * 2 and not ladder.shaping
+    accept(ladder, range(2, 40))
+    assert refuse(ladder, range(40, 43), can_shape=True) == ["skip", "skip", "shape"], "a new episode counts anew"
+    resumed = Ladder(settings)
+    resumed.load_state_dict(json.loads(json.dumps(ladder.state_dict())))
+    assert resumed.shaping and refuse(resumed, range(43, 50), can_shape=True) == ["skip"] * 7
 
 
 def test_a_resumed_ladder_goes_on_where_it_was() -> None:

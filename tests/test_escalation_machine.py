@@ -25,6 +25,7 @@ SETTINGS = st.builds(
     cut_factor=st.sampled_from([0.25, 0.5, 0.9]),
     cut_steps=st.integers(0, 5),
     ramp_steps=st.integers(1, 5),
+    shape_after=st.integers(0, 5),
     trend_after=st.integers(0, 4),
     deep_after=st.integers(0, 6),
     max_deep=st.integers(0, 3),
@@ -44,6 +45,7 @@ FACTS: dict[str, Any] = {
     "alone": st.sampled_from([True, True, True, False]),
     "anchors": st.sampled_from([0, 1, 2, 2, 2]),
     "can_reload": st.booleans(),
+    "can_shape": st.booleans(),
     "batch": st.one_of(st.none(), st.integers(0, 3)),
 }
 QUIET = {"signal": "probe", "evidence": 0.0, "finite": True, "wants_deep": False}
@@ -52,10 +54,12 @@ QUIET = {"signal": "probe", "evidence": 0.0, "finite": True, "wants_deep": False
 class AnyVerdicts(RuleBasedStateMachine):
     """Attempts in any order of outcomes, each told to the ladder as the settlement tells it."""
 
-    @initialize(chosen=SETTINGS)
-    def start(self, chosen: Escalation) -> None:
+    @initialize(chosen=SETTINGS, risky=st.booleans())
+    def start(self, chosen: Escalation, risky: bool) -> None:
         self.settings = chosen
         self.ladder = Ladder(chosen)
+        self.ladder.warned(risky)
+        self.risky = risky
         self.attempt = 0
         self.answers: list[tuple[int, Response]] = []  # every refusal
         self.in_a_row = 0
@@ -185,6 +189,11 @@ class AnyVerdicts(RuleBasedStateMachine):
         assert answer.deep or rung is not Rung.DEEP_ROLLBACK
         if rung is Rung.ATTENUATE:
             assert refusal.quiet and refusal.alone and limits.attenuate_after
+        if rung is Rung.SHAPE:
+            assert self.risky and refusal.can_shape and refusal.signal == "probe" and refusal.finite
+            assert limits.shape_after
+            assert all(past.rung is not Rung.SHAPE for _, past in self.answers), "once in a run"
+        assert self.ladder.shaping == any(past.rung is Rung.SHAPE for past in [*dict(self.answers).values(), answer])
         if rung is Rung.STOP:
             assert not answer.deep and self.ladder.stopped
             assert answer.pattern is not Pattern.TRANSIENT
@@ -250,6 +259,7 @@ def test_every_rung_is_within_reach_of_the_machine() -> None:
     chosen = Escalation(
         attenuate_after=2,
         max_cuts=1,
+        shape_after=5,
         deep_after=8,
         max_deep=1,
         reload_after=10,
@@ -259,9 +269,10 @@ def test_every_rung_is_within_reach_of_the_machine() -> None:
         window=64,
     )
     ladder = Ladder(chosen)
+    ladder.warned(True)
     taken = []
     for attempt in range(60):
-        quiet = Refusal(attempt, "probe", anchors=2, can_reload=True)
+        quiet = Refusal(attempt, "probe", anchors=2, can_reload=True, can_shape=True)
         answer = ladder.refused(quiet if attempt % 2 else replace(quiet, signal="probe"))
         taken.append(answer.rung)
         if answer.rung is Rung.ATTENUATE:

@@ -142,6 +142,9 @@ FORMS = {
     "clipping": Case(clip=0.5, scheduler=True),
     "clipping, attached": Case(clip=0.5, form="attach", model="conv"),
     "tensor learning rate": Case(optimizer="adamw-loop", tensor_lr=True, scheduler=True),
+    "a schedule in the loss": Case(shape=3),
+    "a schedule in the loss, several times a step": Case(shape=3, accumulation=2),
+    "a schedule in the loss, in a closure": Case(shape=3, form="closure"),
     "everything": Case(model="conv", accumulation=2, clip=1.0, scheduler=True, probe_on="mean", optimizer="adam-fused"),
 }
 
@@ -196,7 +199,8 @@ def test_probe_on_every_rank_sees_what_rank_0_cannot(two: harness.Pool) -> None:
 def test_the_norm_guard_vetoes_a_scaled_gradient(two: harness.Pool) -> None:
     jobs = []
     for mode in ("ddp", "fsdp2-uneven"):
-        for case in (Case(mode), Case(mode, clip=1.0), Case(mode, optimizer="adam-fused", form="attach")):
+        scaled = Case(mode, scaler=True, clip=1.0, shape=3)  # a veto brings the scaler back, and what a forward moves
+        for case in (Case(mode), Case(mode, clip=1.0), Case(mode, optimizer="adam-fused", form="attach"), scaled):
             options = {"guards": (GradientNormGuard(), NonFiniteGuard())}
             jobs.append(Job(case, (SCALE,), (BAD, BAD + 1), actions=("veto",) * 2, options=options))
     check(jobs)
@@ -222,6 +226,9 @@ def test_every_third_attempt_is_judged(mode: str) -> None:
         Job(replace(quiet, draws=True), (f"nan:step=10,rank={last}",), refused=(10,), actions=("veto",)),
         Job(quiet, (f"nan:step=10,rank={last}", flip.format(11)), refused=(10, 11), undone=(9,)),
         Job(replace(quiet, form="attach"), (flip.format(10),), refused=(11,), undone=(9, 10)),
+        # What a forward moves: a veto goes back to before this one, a rollback to before the first of three.
+        Job(replace(quiet, model="transformer", shape=4), (f"nan:step=10,rank={last}",), refused=(10,)),
+        Job(replace(quiet, model="transformer", shape=4), (flip.format(10),), refused=(11,), undone=(9, 10)),
     ]
     check(jobs)
 
@@ -266,7 +273,11 @@ def test_deep_rollback_that_the_default_rule_asks_for(one: harness.Pool) -> None
     flip = "bit-flip:step=20,where=parameter,bit=sign,length=8"
     case = Case("single", steps=30, draws=False)
     actions = ("rollback",) * 7 + ("deep_rollback",)
-    check([Job(case, (flip,), tuple(range(20, 28)), tuple(range(8, 20)), actions)])
+    # The second with a schedule in the loss: an anchor knows where that was, too.
+    check(
+        Job(each, (flip,), tuple(range(20, 28)), tuple(range(8, 20)), actions)
+        for each in (case, replace(case, shape=3))
+    )
 
 
 @pytest.mark.parametrize("mode", ["single", "ddp", "fsdp1", "fsdp2"])

@@ -25,6 +25,7 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 from torch.nn.parallel import DistributedDataParallel
 
 from dist_stability import LossProbe, NonFiniteGuard, PredictiveInnovation, StabilityController, Verdict
+from dist_stability.diagnostics.kss import SpectralShaping
 from dist_stability.parallel import clip_grad_norm_
 from dist_stability.testing import FaultInjector, Outcome, capture_state
 
@@ -138,6 +139,7 @@ class Case:
     tensor_lr: bool = False
     draws: bool = True
     guards: bool = True
+    shape: int = 0  # spectral shaping at every so-many-th loss; 0: never
     probes: int = 1
     steps: int = 12
     ranks: int = 0  # 0: as many as the mode needs
@@ -157,6 +159,13 @@ class Setup:
     extra_state: dict[str, Any]
     scaler: Any
     replica: int
+
+
+class Shaping(SpectralShaping):
+    """Among the extra state, which the loops step as they do schedulers; it counts its losses by itself."""
+
+    def step(self) -> None:
+        pass
 
 
 def world_of(case: Case) -> int:
@@ -209,6 +218,8 @@ def build(case: Case, rank: int, world: int) -> Setup:
     if case.scheduler:
         for i, optimizer in enumerate(optimizers):
             extra[f"scheduler{i}"] = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.97**step)
+    if case.shape:
+        extra["shaping"] = Shaping(model, ["block"], every=case.shape)
     scaler = torch.amp.GradScaler("cpu", init_scale=256.0, growth_interval=4) if case.scaler else None
     random.seed(101 + replica)
     torch.manual_seed(101 + replica)
@@ -322,6 +333,7 @@ def train(
     injector: FaultInjector | None = None,
     setup: Setup | None = None,
     after_step: Callable[[int, Setup, StabilityController | None], None] | None = None,
+    at_start: Callable[[Setup, StabilityController], None] | None = None,
     **options: Any,
 ) -> Outcome:
     """Train ``case.steps`` attempts. ``options`` go to :func:`control`."""
@@ -332,6 +344,8 @@ def train(
     with controller if controller is not None else nullcontext():
         if controller is not None and hooked:
             controller.attach()
+        if controller is not None and at_start is not None:
+            at_start(setup, controller)
         for attempt in range(case.steps):
             batches = fetch(case, setup, attempt)
             if attempt in skip:
@@ -369,7 +383,8 @@ def _attempt(
             optimizer.zero_grad()
         total = torch.zeros(())
         for batch in batches:
-            loss = loss_fn(setup.model, batch) / len(batches)
+            shaping = setup.extra_state.get("shaping")
+            loss = (shaping(loss_fn, batch) if shaping is not None else loss_fn(setup.model, batch)) / len(batches)
             (loss if scaler is None else scaler.scale(loss)).backward()
             total += loss.detach()
         if injector is not None:

@@ -13,6 +13,10 @@ from dist_stability import parallel
 from dist_stability.diagnostics.quiet import quiet
 from dist_stability.diagnostics.ranks import Ranks
 
+USUAL_EDGES = {False: 0.018, True: 0.56}
+"""Largest stable learning rate of AdamW without and with normalization: medians over the small models of the grid
+``design`` (``dist-stability experiment rksp``, docs/lr-probe.md). Their ratio is the factor 31 there."""
+
 _NOT_OF_ACTIVATIONS = ("weightnorm", "spectralnorm", "nonorm")
 
 

@@ -51,10 +51,14 @@ class EdgeSettings:
         collapse: Effective step over its usual value below which the optimizer may be poisoned.
         spike: Gradient norm over its usual value, or root mean square of g^2 / v, from which on it is a spike.
         spike_steps: For how long after a spike a collapse is blamed on it.
+        burst: Steps without a spike after which the next one is the first of another burst.
+        warmup: Readings before anything counts as a spike: what is usual must be known.
         give_in: Readings after which a collapsed effective step is taken for the new usual one.
         first_margin: Step of its first measurement: Adam's moments, and the buckets that DDP chooses in its first
             backward, are settled then.
         margin_every: Steps between measurements of the margin.
+        remeasure_every: Least steps between two of them, whatever calls for one: a schedule changes the learning rate
+            at every step.
         margin_lasts: Steps after which a margin is no evidence any more.
         repeat: Steps after which a state that lasts is acted on again.
     """
@@ -71,9 +75,12 @@ class EdgeSettings:
     collapse: float = 0.2
     spike: float = 8.0
     spike_steps: int = 100
+    burst: int = 20
+    warmup: int = 20
     give_in: int = 32
     first_margin: int = 5
     margin_every: int = 50
+    remeasure_every: int = 10
     margin_lasts: int = 200
     repeat: int = 100
 
@@ -110,10 +117,12 @@ class EdgeReading:
         rho: See :class:`~dist_stability.signals.DirectionalRatio`.
         effective_step: Mean |update| / learning rate.
         gradient_norm: Global, before clipping.
-        update_rms: Root mean square of g^2 / v under Adam.
+        update_rms: Root mean square of g^2 / v under Adam, of the tensor in the middle: rows of an embedding that are
+            rarely used make that of all tensors jump.
         learning_rate: Of the step.
         loss: Training loss.
-        refused: The probe's innovation was above its bar.
+        refused: The probe's innovation was above its bar. Its other numbers then are of a step that does not stand:
+            only what speaks for a collapse counts.
         finite: Loss, gradients and measurement were finite.
     """
 
@@ -131,10 +140,9 @@ class EdgeReading:
     @classmethod
     def of(cls, step: int, values: Mapping[str, float], **more: Any) -> EdgeReading:
         """From the named numbers of the signals of a step."""
-        names = {"rho", "effective_step", "gradient_norm", "update_rms", "learning_rate"}
-        known: dict[str, Any] = {name: values[name] for name in names & values.keys()}
-        if "training_loss" in values:
-            known["loss"] = values["training_loss"]
+        names = {name: name for name in ("rho", "effective_step", "gradient_norm", "learning_rate")}
+        names |= {"loss": "training_loss", "update_rms": "update_rms_median"}
+        known: dict[str, Any] = {field: values[name] for field, name in names.items() if name in values}
         return cls(step, **(known | more))
 
 
@@ -179,6 +187,9 @@ class EdgeOfStability:
         self._usual_norm: float | None = None
         self._rate: float | None = None
         self._spike: int | None = None
+        self._burst: int | None = None
+        self._seen = 0  # readings
+        self._low = False  # the last effective step was below half of the usual one
         self._collapsed = 0
         self._recovered = 0
         self._poisoned = False
@@ -190,17 +201,32 @@ class EdgeOfStability:
         """Median of the last ratios."""
         return sorted(self._rhos)[len(self._rhos) // 2] if self._rhos else None
 
+    @property
+    def burst(self) -> int | None:
+        """The step at which the last burst of spikes began, whose harm, if any, the state before it does not have.
+
+        A spike that comes while the effective step is falling belongs to the burst before.
+        """
+        return self._burst
+
+    def suspects(self, step: int) -> bool:
+        """Whether a spike may still turn out to have poisoned the optimizer, or has."""
+        recent = self._spike is not None and step - self._spike <= self.settings.spike_steps
+        return recent or self._poisoned
+
     def products_due(self, step: int) -> int:
         """How many Hessian-vector products to measure the margin with at this step; 0 for no measurement.
 
-        One every ``margin_every`` steps; three the first time, after a change of the learning rate and an alarm.
+        One every ``margin_every`` steps; three the first time, after a change of the learning rate and after an alarm.
         """
         if step < self.settings.first_margin:
             return 0
-        if self._remeasure:
+        if self._margin_step is None:
             return 3
-        due = self._margin_step is None or step - self._margin_step >= self.settings.margin_every
-        return 1 if due else 0
+        since = step - self._margin_step
+        if self._remeasure and since >= self.settings.remeasure_every:
+            return 3
+        return 1 if since >= self.settings.margin_every else 0
 
     def observe(self, reading: EdgeReading) -> EdgeAssessment:
         """Take in one reading. Everything that follows from it depends on readings alone."""
@@ -240,8 +266,12 @@ class EdgeOfStability:
         if rate is None or not math.isfinite(rate):
             return
         if self._rate is not None and not math.isclose(rate, self._rate, rel_tol=0.1):
-            # Another learning rate is another regime: what was usual before says nothing about it.
-            self._remeasure, self._usual, self._collapsed = True, None, 0
+            self._remeasure = True
+            drift = self._rate < 2.0 * rate and rate < 2.0 * self._rate
+            if not (drift and self.suspects(reading.step)):
+                # Another learning rate is another regime: what was usual before says nothing about it. A schedule
+                # gets there in small steps, and must not blind the eye on what a spike has done meanwhile.
+                self._usual, self._collapsed = None, 0
             self._rate = rate
         elif self._rate is None:
             self._rate = rate
@@ -290,34 +320,44 @@ class EdgeOfStability:
 
     def _look_at_moments(self, reading: EdgeReading) -> None:
         norm, settings = reading.gradient_norm, self.settings
+        known = self._seen >= settings.warmup
+        self._seen += 1
         if norm is not None and math.isfinite(norm) and norm > 0.0:
-            if self._usual_norm is not None and norm > settings.spike * self._usual_norm:
-                self._spike = reading.step
+            if known and self._usual_norm and norm > settings.spike * self._usual_norm:
+                self._see_spike(reading.step)
             else:
                 old = self._usual_norm
                 self._usual_norm = norm if old is None else old * (norm / old) ** 0.05
-        if reading.update_rms is not None and reading.update_rms > settings.spike:
-            self._spike = reading.step
+        if known and reading.update_rms is not None and reading.update_rms > settings.spike:
+            self._see_spike(reading.step)
         size = reading.effective_step
         if size is None or not math.isfinite(size) or size <= 0.0:
             return
         if self._usual is None:
-            self._usual = size
+            self._usual = None if reading.refused else size
             return
         ratio = size / self._usual
+        self._low = ratio < 0.5
         if self._poisoned:
             self._collapsed += 1
             self._recovered = self._recovered + 1 if ratio > 0.5 else 0
             if self._recovered >= settings.patience or self._collapsed >= settings.give_in:
                 self._poisoned, self._collapsed, self._recovered, self._spike = False, 0, 0, None
+                self._burst = None
                 self._usual = size
             return
         blamed = self._spike is not None and reading.step - self._spike <= settings.spike_steps
         self._collapsed = self._collapsed + 1 if blamed and ratio < settings.collapse else 0
         self._poisoned = self._collapsed >= settings.patience
-        if not blamed:
+        if not blamed and not reading.refused:
             # Right after a spike the usual size is not learned: it would follow the collapse.
             self._usual *= ratio**0.05
+
+    def _see_spike(self, step: int) -> None:
+        another = self._spike is None or step - self._spike > self.settings.burst
+        if another and not self._low:
+            self._burst = step
+        self._spike = step
 
     def _decide(self, reading: EdgeReading) -> tuple[EdgeState, str]:
         if not reading.finite:

@@ -136,6 +136,9 @@ class SpectralShaping:
         skips: How often blocks were skipped, by reason, equal on every rank.
     """
 
+    moved_by_forward = True
+    """For a controller's ``extra_state``: a refused step's call is taken back, too."""
+
     def __init__(
         self, model: nn.Module, blocks: Sequence[str] | None = None, *, preset: Shaping = LOCAL, **changes: Any
     ) -> None:
@@ -158,6 +161,7 @@ class SpectralShaping:
         self.last: Applied | None = None
         self.skips: dict[str, int] = dict.fromkeys(REASONS, 0)
         self._step = 0
+        self._wanted: Callable[[], bool] = lambda: True
         self._ranks = Ranks(model)
         self._blocks: dict[str, nn.Module] = {}
         error: Exception | None = None
@@ -175,6 +179,8 @@ class SpectralShaping:
     def __call__(self, loss_fn: Callable[[Any, Any], Tensor], batch: Any) -> Tensor:
         """The loss with the penalty, a 0-d tensor for one ``backward()``. Every rank calls it. Counts as one step.
 
+        While it is switched off (:meth:`follow`) it is ``loss_fn(model, batch)`` and nothing else, and counts as none.
+
         Args:
             loss_fn: ``loss_fn(model, batch)`` gives the training loss; of several forwards the first is shaped.
             batch: Passed on.
@@ -182,13 +188,16 @@ class SpectralShaping:
         Raises:
             NoBlocks: A block was not called, changed the shape of its input, or wrote into it.
         """
+        if not self._wanted():
+            return loss_fn(self.model, batch)
         step, names = self._step, self.chosen(self._step)
+        with _Watch({name: self._blocks[name] for name in names}) as watch:
+            loss = loss_fn(self.model, batch)
+        # Not before the forward: as that begins, a controller notes what a refusal goes back to.
         self._step += 1
         if not names:
             self.last = Applied(step, (), {}, 0.0)
-            return loss_fn(self.model, batch)
-        with _Watch({name: self._blocks[name] for name in names}) as watch:
-            loss = loss_fn(self.model, batch)
+            return loss
         missing = [name for name in names if name not in watch.seen]
         if missing:
             raise NoBlocks(
@@ -212,6 +221,10 @@ class SpectralShaping:
         self.last = Applied(step, tuple(kept), skipped, value)
         penalty = weight * torch.stack([attached(matrix, cost) for matrix, cost in kept.values()]).sum()
         return loss + penalty.to(loss.device).to(loss.dtype)
+
+    def follow(self, wanted: Callable[[], bool]) -> None:
+        """From now on shape only where ``wanted()`` says so: the same at each call on every rank."""
+        self._wanted = wanted
 
     def chosen(self, step: int) -> tuple[str, ...]:
         """The blocks of a step, equal on all ranks; none where the schedule says so."""

@@ -136,6 +136,7 @@ def stable_learning_rate(
     steps: int = SEARCH_STEPS,
     limits: Limits | None = None,
     seed: int = 0,
+    told: Callable[[Risk], None] | None = None,
 ) -> Search:
     """The largest learning rate whose score stays under a threshold.
 
@@ -154,6 +155,7 @@ def stable_learning_rate(
         steps: Virtual steps. On the design grid the edges of 16 spread less around the true ones than those of 8.
         limits: See :func:`risk`.
         seed: See :func:`risk`.
+        told: Called with each rate once it was tried; must not enter collectives.
 
     Raises:
         ValueError: As for :func:`risk`.
@@ -161,16 +163,23 @@ def stable_learning_rate(
     """
     settings = {"low": low, "high": high, "threshold": threshold, "precision": precision}
     with _walker(model, loss_fn, batches, limits or Limits(), steps, seed, settings) as walker:
-        tried = [walker.walk(low)]
+        tried: list[Risk] = []
+
+        def walk(lr: float) -> None:
+            tried.append(walker.walk(lr))
+            if told is not None:
+                told(tried[-1])
+
+        walk(low)
         while tried[-1].score < threshold and tried[-1].lr < high:
-            tried.append(walker.walk(min(2 * tried[-1].lr, high)))
+            walk(min(2 * tried[-1].lr, high))
         if tried[-1].score < threshold:
             return Search(tried[-1].lr, None, tuple(tried))
         if len(tried) == 1:
             return Search(None, low, tuple(tried))
         safe, risky = tried[-2].lr, tried[-1].lr
         while risky > safe * precision:
-            tried.append(walker.walk(math.sqrt(safe * risky)))
+            walk(math.sqrt(safe * risky))
             if tried[-1].score < threshold:
                 safe = tried[-1].lr
             else:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from dist_stability.diagnostics.spectrum import Fit, Masses
@@ -107,6 +107,7 @@ class Profile:
         tau: Of the residual filter.
         ranks: Number of ranks whose tokens went in.
         warnings: What limits the numbers.
+        eigenvalues: By block, real and imaginary parts; empty if they were not asked for.
     """
 
     score: float | None
@@ -120,6 +121,7 @@ class Profile:
     tau: float
     ranks: int
     warnings: tuple[str, ...]
+    eigenvalues: Mapping[str, tuple[tuple[float, float], ...]] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         """All of it as dictionaries, lists and numbers."""

@@ -16,7 +16,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -56,6 +56,7 @@ from dist_stability.diagnostics.spectrum import (
     Masses,
     NoSpectrum,
     Spectrum,
+    eigenvalues,
     spectrum,
 )
 
@@ -131,6 +132,7 @@ def profile(
     mask: Tensor | None = None,
     max_tokens: int | None = None,
     memory: int = 2 << 30,
+    with_eigenvalues: bool = False,
     seed: int = 0,
 ) -> Profile:
     """Profile a model as it is now. Every rank calls it, with its own part of the data.
@@ -139,7 +141,7 @@ def profile(
     tokens; never one repeated phrase), and call it at a step boundary.
 
     Collectives: two or three small all-reduces, those of the model's forwards (under FSDP and tensor parallelism), and
-    for each block an all-reduce of 3 d^2 + 2 d + 5 float64 numbers in two pieces.
+    for each block an all-reduce of 3 d^2 + 2 d + 5 float64 numbers in two pieces. With eigenvalues one more.
 
     Args:
         model: As the training loop holds it: plain, DDP, FSDP1, ``fully_shard``, HSDP, tensor parallel, compiled.
@@ -156,6 +158,8 @@ def profile(
         mask: Which tokens count (padding does not), bool, of the shape of the hidden states without their width.
         max_tokens: Use at most so many tokens of all ranks together, drawn from ``seed``. Default all.
         memory: Bytes of sums on the device of the model at a time (at least one block's). Fewer need more forwards.
+        with_eigenvalues: Keep the eigenvalues themselves, for a picture of them, in ``Profile.eigenvalues``; they are
+            computed once more.
         seed: Of every random stream meanwhile.
 
     Raises:
@@ -175,7 +179,10 @@ def profile(
         found = _targets(model, blocks)
     except (ValueError, TypeError) as wrong:
         error = wrong
-    settings = (blocks and list(blocks), fit, tau, max_tokens, memory, seed, loss_fn is None, mask is None)
+    settings = (
+        *(blocks and list(blocks), fit, tau, max_tokens, memory, with_eigenvalues, seed),
+        *(loss_fn is None, mask is None),
+    )
     ranks.agree(repr(settings), error, "rksp.profile")
 
     sites: list[_Site] = []
@@ -192,11 +199,12 @@ def profile(
     fits = [fit or _default_fit(site.width, int(count)) for site, count in zip(sites, counts.tolist(), strict=True)]
     modules = flatten(found)
     done: list[BlockProfile] = []
+    kept: dict[str, tuple[tuple[float, float], ...]] | None = {} if with_eigenvalues else None
     for group in _groups(sites, fits, fit is None, memory):
-        done += _measure(call, modules, [(sites[place], fits[place]) for place in group], fit is None, tau)
+        done += _measure(call, modules, [(sites[place], fits[place]) for place in group], fit is None, tau, kept)
     norm = None if loss_fn is None else gradient_norm(model, loss_fn, batch, ranks, seed)
     has_norm = has_normalization(modules[site.name] for site in sites)
-    result = assemble(done, skipped, norm, has_norm, fit, tau, ranks.size)
+    result = replace(assemble(done, skipped, norm, has_norm, fit, tau, ranks.size), eigenvalues=kept or {})
     if ranks.rank == 0:
         for each in result.warnings:
             warnings.warn(f"rksp.profile: {each}", RkspWarning, stacklevel=2)
@@ -320,9 +328,14 @@ def _groups(sites: list[_Site], fits: list[Fit], default: bool, memory: int) -> 
 
 
 def _measure(
-    call: _Call, modules: Mapping[str, nn.Module], group: list[tuple[_Site, Fit]], default: bool, tau: float
+    call: _Call,
+    modules: Mapping[str, nn.Module],
+    group: list[tuple[_Site, Fit]],
+    default: bool,
+    tau: float,
+    kept: dict[str, tuple[tuple[float, float], ...]] | None,
 ) -> list[BlockProfile]:
-    """Sum, reduce and solve some sites."""
+    """Sum, reduce and solve some sites; ``kept`` receives their eigenvalues, if there is one."""
     ranks = call.ranks
     hooked = {site.name: modules[site.name] for site, _ in group}
     places = {(site.name, site.call): place for place, (site, _) in enumerate(group)}
@@ -356,6 +369,15 @@ def _measure(
         if place % ranks.size == ranks.rank:
             table[place] = torch.tensor(_solve(moments, fit, tau), dtype=torch.float64)
     solved = ranks.sum(table).tolist()
+    if kept is not None:
+        found = torch.zeros(len(group), 2, max(site.width for site, _ in group), dtype=torch.float64)
+        for place, (moments, (_, fit)) in enumerate(zip(sums, group, strict=True)):
+            if place % ranks.size == ranks.rank and not solved[place][0]:
+                values = eigenvalues(moments.covariances(), fit)
+                found[place, :, : len(values)] = torch.stack([values.real, values.imag])
+        for (site, _), row, (real, imaginary) in zip(group, solved, ranks.sum(found).tolist(), strict=True):
+            modes = _solved(row)[0].rank
+            kept[site.label] = tuple(zip(real[:modes], imaginary[:modes], strict=True))
     return [_block(site, fit, moments, row) for (site, fit), moments, row in zip(group, sums, solved, strict=True)]
 
 

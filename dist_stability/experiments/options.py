@@ -58,7 +58,10 @@ class Options:
     layers: int
     every: int | str
     decision: str
+    preflight: bool
+    shaping: bool
     update_signals: bool
+    edge: bool
     observe: bool
     probe_on: str
     probe_size: int
@@ -193,7 +196,19 @@ def _problems(v: argparse.Namespace, world: int, launched: bool) -> list[str]:
         v.false_reject_rate is not None and not 1e-12 <= v.false_reject_rate < 0.5,
         f"--false-reject-rate {v.false_reject_rate}: must be in [1e-12, 0.5)",
     )
+    refuse(v.preflight and v.rule == "off", "--preflight: needs a controller, and --rule off has none")
+    refuse(v.shaping and not v.preflight, "--shaping: needs --preflight, which says whether the risk is high")
+    refuse(
+        v.shaping and (v.rule != "predictive" or v.observe),
+        "--shaping: needs --rule predictive, and not --observe: the others have no ladder that could switch it on",
+    )
+    refuse(v.shaping and v.parallel == "fsdp1", "--shaping: does not go with --parallel fsdp1; use fsdp2")
+    refuse(v.shaping and v.compile, "--shaping: does not go with --compile; its hooks come and go")
+    refuse(v.shaping and v.task not in TEXT_TASKS, f"--shaping: the blocks of --task {v.task} change their width")
     refuse(v.decision == "deferred" and v.rule == "off", "--decision deferred: needs a rule that decides")
+    refuse(v.edge and v.rule == "off", "--edge: the controller asks the monitor; needs a rule, not --rule off")
+    refuse(v.edge and v.decision == "deferred", "--edge: measures what is decided on; not with --decision deferred")
+    refuse(v.edge and v.parallel == "fsdp1", "--edge: not with --parallel fsdp1; use fsdp2")
     refuse(v.observe and v.rule == "off", "--observe: needs a rule to observe with, not --rule off")
     refuse(
         v.persist != "no" and (v.rule == "off" or v.observe),
@@ -329,7 +344,24 @@ def _parser() -> argparse.ArgumentParser:
         help="deferred: a verdict is read at the next step, so that the host never waits for it",
     )
     guard.add_argument(
+        "--preflight",
+        action="store_true",
+        help="say before the first step whether the rate is likely to diverge",
+    )
+    guard.add_argument(
+        "--shaping",
+        action="store_true",
+        help="spectral shaping, which the ladder switches on if the preflight says that the risk is high and refusals "
+        "repeat; hardly better than nothing in what was measured (docs/rksp.md)",
+    )
+    guard.add_argument(
         "--update-signals", action="store_true", help="log update RMS, update ratio and gradient norms by group, too"
+    )
+    guard.add_argument(
+        "--edge",
+        action="store_true",
+        help="watch how far the run is from the edge of stability; cut the learning rate past it, and go back behind "
+        "what poisons the optimizer",
     )
     guard.add_argument("--observe", action="store_true", help="log what would be refused, refuse nothing")
     guard.add_argument("--probe-on", choices=("rank0", "mean"), default="rank0", help="whose probe loss counts")

@@ -17,7 +17,7 @@ from dist_stability.experiments.options import Options
 from dist_stability.experiments.tasks import Task
 from dist_stability.experiments.wrapping import Processes
 from dist_stability.report.events import EventLog, read_events, write_json
-from dist_stability.report.runs import REFUSALS
+from dist_stability.report.runs import PREFLIGHT, REFUSALS
 from dist_stability.report.versions import source_digest, versions
 
 
@@ -60,6 +60,7 @@ class RunRecorder:
         self._rungs: Counter[str] = Counter()
         self._warnings = 0
         self._committed: list[tuple[int, float]] = []
+        self._preflight: dict[str, Any] | None = None
         self._begin = time.perf_counter()
         self._facts = {
             "task": task.name,
@@ -92,7 +93,9 @@ class RunRecorder:
         """Take over the events of an earlier start, up to an attempt; the log has them again."""
         earlier, self._earlier = self._earlier, []
         for event in earlier:
-            if event["attempt"] < attempt:
+            if event["action"] == PREFLIGHT:
+                self._preflight = event
+            elif event["attempt"] < attempt:
                 self.begin_batch(event["batch"], event["attempt"])
                 self._learn(event)
         if self._log is not None:
@@ -100,6 +103,11 @@ class RunRecorder:
 
     def event(self, event: dict[str, Any]) -> None:
         """Take one event from the controller."""
+        if event["action"] == PREFLIGHT:
+            self._preflight = event
+            if self._log is not None:
+                self._log.append(event)
+            return
         batch = self._learn(event)
         written = {**event, "batch": batch, "probe": self.probe}
         if self._parameter_norm is not None:
@@ -174,6 +182,7 @@ class RunRecorder:
                 "attenuated": [batch for attempt, batch in self._standing.items() if attempt in self._attenuated],
                 "rungs": dict(self._rungs),
                 "warnings": self._warnings,
+                "preflight": self._preflight,
                 "final_probe": self.probe,
                 "evaluation": evaluation,
                 "seconds": time.perf_counter() - self._begin,

@@ -22,6 +22,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass
 from functools import partial
+from itertools import islice
 from typing import Any
 
 import torch
@@ -42,9 +43,13 @@ from dist_stability import (
     SharedMemory,
     StabilityController,
 )
+from dist_stability.diagnostics.kss import SpectralShaping
+from dist_stability.diagnostics.monitor import EdgeOfStabilityMonitor
+from dist_stability.diagnostics.preflight import Preflight
 from dist_stability.errors import LockstepError, StabilityError
 from dist_stability.experiments.data import Batch, BatchOrder
 from dist_stability.experiments.digests import digests
+from dist_stability.experiments.edge import SHARE, edge_monitor
 from dist_stability.experiments.norms import GlobalNorm
 from dist_stability.experiments.options import ADAPTIVE, Options, parse_options
 from dist_stability.experiments.progress import Progress
@@ -59,12 +64,15 @@ from dist_stability.parallel import clip_grad_norm_, data_replica, forward_modul
 from dist_stability.persistence import Setting
 from dist_stability.report.extras import MissingExtra
 from dist_stability.rules import Rule
-from dist_stability.signals import GroupNorms, UpdateRatio, UpdateRms
+from dist_stability.signals import GroupNorms, Signal, UpdateRatio, UpdateRms
+from dist_stability.snapshot.rng import forked
 from dist_stability.submission import Preemption
 from dist_stability.testing import LOSS_PHASES, FaultInjector, capture_state
 
 STARTED_AGAIN = ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT", "SLURM_STEP_ID")
 """Not 0 in a process that torchrun, a requeue, or a template's second srun has started again."""
+
+PREFLIGHT_BATCHES = 4
 
 LossFn = Callable[[nn.Module, Batch], Tensor]
 Controller = StabilityController | Unguarded
@@ -78,7 +86,7 @@ ALONE: dict[str, Any] = {
 
 @dataclass
 class Job:
-    """Everything one process trains with; ``parameters`` is what the optimizer owns."""
+    """Everything one process trains with; ``parameters`` is what the optimizer owns, ``present`` the step's batches."""
 
     options: Options
     here: Processes
@@ -91,21 +99,30 @@ class Job:
     clip: Callable[[], float | Tensor | None]
     injector: FaultInjector
     preemption: Preemption | None = None
+    shaping: SpectralShaping | None = None
+    present: Sequence[Batch] = ()
+
+    def loss(self, batch: Batch) -> Tensor:
+        """The training loss, with what the ladder may have added to it."""
+        return self.loss_fn(self.model, batch) if self.shaping is None else self.shaping(self.loss_fn, batch)
 
 
 def train(job: Job, controller: Controller, record: RunRecorder, progress: Progress) -> None:
     """The loop. Everything a guarded loop needs is the line with ``controller.step``."""
-    model, optimizer, scheduler = job.model, job.optimizer, job.scheduler
+    optimizer, scheduler = job.optimizer, job.scheduler
     start = Resumed(0, 0, "", "")
     if job.options.resume != "no" and isinstance(controller, StabilityController):
         start = controller.resume()
         record.resume(start.attempt)
         progress.note(start.line)
     leave_if_told(job, controller, progress)  # while it started
+    if job.options.preflight and isinstance(controller, StabilityController) and not start.attempt:
+        progress.note(preflight(job, controller).verdict)
     for attempt, (number, micro_batches) in enumerate(controller.batches(job.batches(start.batches)), start.attempt):
         record.begin_batch(number, attempt)
+        job.present = micro_batches
         for batch in micro_batches:
-            loss = job.loss_fn(model, job.injector.batch(attempt, batch)) / len(micro_batches)
+            loss = job.loss(job.injector.batch(attempt, batch)) / len(micro_batches)
             loss.backward()
         job.injector.gradients(attempt, job.parameters)  # a bad batch shows before clipping
         verdict = controller.step(grad_norm=job.clip(), loss=loss.detach() * len(micro_batches))
@@ -117,6 +134,13 @@ def train(job: Job, controller: Controller, record: RunRecorder, progress: Progr
         if progress.wants_numbers(number + 1):
             progress.advance(number + 1, f"loss {loss.item() * len(micro_batches):.4f}  probe {record.probe:.4f}")
         leave_if_told(job, controller, progress)
+
+
+def preflight(job: Job, controller: StabilityController) -> Preflight:
+    """Look ahead with the first batches of the run, which are fetched again when it begins."""
+    with forked(job.options.seed):  # a data set may draw from the global streams
+        first = [micro_batches[0] for _, micro_batches in islice(job.batches(0), PREFLIGHT_BATCHES)]
+    return controller.preflight(first, loss_fn=job.loss_fn)
 
 
 def leave_if_told(job: Job, controller: Controller, progress: Progress) -> None:
@@ -157,6 +181,7 @@ def run(options: Options, task: Task, here: Processes, preemption: Preemption | 
         clip=_clip(options, model, parameters),
         injector=_injector(options),
         preemption=preemption,
+        shaping=SpectralShaping(model) if options.shaping else None,
     )
     norm = GlobalNorm(model, parameters).of_parameters if options.parameter_norm else None
     record = RunRecorder(options, task, here, model, norm)
@@ -249,18 +274,44 @@ def _controller(job: Job, task: Task, record: RunRecorder) -> Controller:
         guards=(NonFiniteGuard(),),
         extra_state={"scheduler": job.scheduler},
         every=AdaptiveCadence() if options.every == ADAPTIVE else int(options.every),
-        signals=(UpdateRms(), UpdateRatio(), GroupNorms()) if options.update_signals else (),
+        signals=_signals(options),
+        edge=_edge(job, task) if options.edge else None,
         mode="observe" if options.observe else "enforce",
         decision=options.decision,
         probe_on=options.probe_on,
         timeout=options.timeout,
         persist=_persist(options),
         asked_to_stop=_asked(job.preemption),
+        shaping=job.shaping,
         on_event=record.event,
         **(ALONE if options.rule in ("fixed", "loss-rollback") else {}),
     )
     job.injector.attach(controller)
     return controller
+
+
+def _signals(options: Options) -> tuple[Signal, ...]:
+    if not options.update_signals:
+        return ()
+    own = () if options.edge else (UpdateRms(),)  # the monitor brings one
+    return (*own, UpdateRatio(), GroupNorms())
+
+
+def _edge(job: Job, task: Task) -> EdgeOfStabilityMonitor:
+    """On examples of this replica's own: every rank takes as many, spread over all."""
+    options = job.options
+    index, count = data_replica(job.model)
+    size = max(1, options.batch_size // count // SHARE)
+    batch = task.train.batch(torch.linspace(0, len(task.train) - 1, size * count).long()[index::count])
+    return edge_monitor(
+        job.model,
+        job.optimizer,
+        job.loss_fn,
+        _to(batch, job.here.device),
+        lambda: job.present,
+        dtype=_dtype(options),
+        reuse_loss=options.accumulate == 1 and options.dropout == 0.0,
+    )
 
 
 def _asked(preemption: Preemption | None) -> Callable[[], bool] | None:

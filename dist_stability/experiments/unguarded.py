@@ -89,6 +89,7 @@ class Unguarded:
                     "undone": [],
                     "final": True,
                     "cadence": None,
+                    "edge": None,
                     "reason": "",
                     "rung": "",
                     "pattern": "",

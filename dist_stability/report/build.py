@@ -199,7 +199,19 @@ def _guard_figures(run: RunRecord, words: Words) -> list[str]:
                 "Global gradient norm before clipping.",
             )
         )
+    if run.edge:
+        drawn = plots.edge(run, title=f"Edge of stability: {run.name}", subtitle=words.figure_title)
+        said = _edge_in_words(run)
+        parts.append(html.figure(plots.to_png(drawn), f"How far from the edge of stability; see docs/edge.md. {said}"))
     return parts
+
+
+def _edge_in_words(run: RunRecord) -> str:
+    states = [said["state"] for _, said in run.edge]
+    counted = ", ".join(f"{state} at {states.count(state)}" for state in dict.fromkeys(states))
+    acted = [f"{said['rung']} at batch {batch}" for batch, said in run.edge if said["acted"]]
+    done = f" Done about it: {', '.join(acted)}." if acted else " Nothing was done about it."
+    return f"States, in judged attempts: {counted}.{done}"
 
 
 def _refusals(run: RunRecord) -> str:

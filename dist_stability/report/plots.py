@@ -123,6 +123,41 @@ def gradient_norm(run: RunRecord, *, title: str, subtitle: str = "") -> Any:
     return figure
 
 
+def edge(run: RunRecord, *, title: str, subtitle: str = "") -> Any:
+    """Margin and half the directional ratio over batches: 1 is the edge of stability. Interventions are marked.
+
+    Args:
+        run: Has events of a monitor, see :attr:`RunRecord.edge`.
+        title: First line.
+        subtitle: Second line, smaller.
+    """
+    figure, axes = canvas(title, subtitle)
+    axes.set_xlabel("batch")
+    axes.set_ylabel("1 = edge of stability")
+    margins = [(batch, said["margin"]) for batch, said in run.edge if _finite(said["margin"])]
+    ratios = [(batch, 0.5 * said["rho"]) for batch, said in run.edge if _finite(said["rho"])]
+    axes.axhline(1.0, color=INK, linewidth=1, zorder=1)
+    axes.plot(*_columns(ratios), color=COLORS["clean"], linewidth=1.2, label="median directional ratio / 2", zorder=2)
+    axes.plot(
+        *_columns(margins), color=COLORS["guarded"], linewidth=1.8, marker="o", markersize=3.5, label="margin", zorder=3
+    )
+    alarms = [batch for batch, said in run.edge if said["state"] in ("overdriven", "runaway", "poisoned")]
+    if alarms:
+        shade(axes, _stretches(alarms))
+        axes.fill_between([], [], color=WINDOW, linewidth=0, label="overdriven, runaway or poisoned")
+    for rung, color in (("cut_lr", COLORS["baseline"]), ("deep_rollback", REFUSED)):
+        acted = [batch for batch, said in run.edge if said["acted"] and said["rung"] == rung]
+        for batch in acted:
+            axes.axvline(batch, color=color, linewidth=1.4, linestyle="--", zorder=4)
+        if acted:
+            axes.plot([], [], color=color, linewidth=1.4, linestyle="--", label=f"{rung} ({len(acted)})")
+    late = [value for series in (margins, ratios) for _, value in series[len(series) // 8 :]]
+    axes.set_ylim(min(0.0, *late, 0.0), 1.4 * max(1.0, *late, 1.0))  # the steep start may leave the picture
+    axes.set_xlim(0, 1.01 * max((batch for batch, _ in run.edge), default=1))
+    axes.legend(loc="upper right", frameon=False, labelcolor=FAINT, ncols=2)
+    return figure
+
+
 def save_png(figure: Any, path: Path) -> None:
     """Write a figure to a file."""
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -222,6 +257,21 @@ def _label_ends(figure: Any, axes: Any, last: int, ends: list[tuple[float, str, 
         )
     longest = max(len(label) for _, label, _ in ends)
     axes.set_position((0.08, 0.125, 0.88 - 0.0088 * longest, 0.7))
+
+
+def _columns(points: Sequence[tuple[float, float]]) -> tuple[list[float], list[float]]:
+    return [x for x, _ in points], [y for _, y in points]
+
+
+def _stretches(places: Sequence[int]) -> list[tuple[int, int]]:
+    """Ascending whole numbers as stretches, first and last one given."""
+    found: list[tuple[int, int]] = []
+    for place in places:
+        if found and place <= found[-1][1] + 1:
+            found[-1] = (found[-1][0], place)
+        else:
+            found.append((place, place))
+    return found
 
 
 def _finite(value: Any) -> bool:

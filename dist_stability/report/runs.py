@@ -12,6 +12,9 @@ from dist_stability.report.events import read_events, read_json
 from dist_stability.testing import FaultInjector
 
 REFUSALS = ("veto", "rollback", "deep_rollback", "reload")
+PREFLIGHT = "preflight"
+"""The action of an event that is about no attempt."""
+
 FAULTS_IN_NUMBERS = ("gradient-scale", "nan", "inf", "bit-flip", "shuffled-labels", "learning-rate")
 
 
@@ -65,6 +68,11 @@ class RunRecord:
         """Events of proposals that were accepted because the run only observed."""
         return [event for event in self.events if event.get("would") in REFUSALS]
 
+    @property
+    def edge(self) -> list[tuple[int, dict[str, Any]]]:
+        """By batch, what the monitor of the edge of stability said; empty without one."""
+        return [(self.batch(event), event["edge"]) for event in self.events if event.get("edge")]
+
     def batch(self, event: dict[str, Any]) -> int:
         """The batch an event is about; logs of other programs know the attempt only."""
         number: int = event.get("batch", event["attempt"])
@@ -105,7 +113,8 @@ def load_run(folder: Path, name: str | None = None) -> RunRecord:
     if not log.is_file():
         raise NoRun(f"no events.jsonl in {folder.absolute()}: give the folder that a training run was told with --out")
     summary = folder / "summary.json"
-    return RunRecord(name or folder.absolute().name, read_events(log), read_json(summary) if summary.is_file() else {})
+    events = [event for event in read_events(log) if event["action"] != PREFLIGHT]
+    return RunRecord(name or folder.absolute().name, events, read_json(summary) if summary.is_file() else {})
 
 
 def load_runs(folder: Path) -> list[RunRecord]:

@@ -196,11 +196,20 @@ class Panel:
             return None
         return {"rules": [rule.anchor() for rule in self._rules if isinstance(rule, DeepRule)]}
 
+    def remember(self) -> dict[str, Any]:
+        """Like :meth:`anchor`, for any rule, and without the rule's counting it as one."""
+        kept = [
+            copy.deepcopy(rule).anchor() if isinstance(rule, DeepRule) else rule.state_dict() for rule in self._rules
+        ]
+        return {"rules": kept}
+
     def deep(self, anchor: Mapping[str, Any] | None) -> None:
-        """An older state was restored: its statistics hold again, where the rule has any."""
+        """An older state was restored: what was kept with it (:meth:`anchor`, :meth:`remember`) holds again."""
         for rule, kept in zip(self._rules, [] if anchor is None else anchor["rules"], strict=False):
             if isinstance(rule, DeepRule):
                 rule.deep(kept)
+            else:
+                rule.load_state_dict(kept)
         if self.trend is not None:
             self.trend.restart()
 

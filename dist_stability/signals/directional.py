@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from dist_stability.parallel import forward_module, local, reshard
 from dist_stability.signals.base import Signal, SignalValues, StepContext
+from dist_stability.signals.pace import Pace
 from dist_stability.signals.scalar import as_scalar
 from dist_stability.snapshot.buffers import BufferCopies
 from dist_stability.snapshot.rng import forked
@@ -61,12 +62,9 @@ class DirectionalRatio(Signal):
         Raises:
             ValueError: ``every`` is no positive whole number.
         """
-        if isinstance(every, bool) or not isinstance(every, int) or every < 1:
-            raise ValueError(f"DirectionalRatio every: expected a whole number >= 1, got {every!r}")
-        self.every, self.reuse_loss = every, bool(reuse_loss)
+        self._pace, self.reuse_loss = Pace(every, "DirectionalRatio"), bool(reuse_loss)
         self._model, self._loss_fn, self._batch, self._seed = model, loss_fn, batch, seed
         self._buffers = BufferCopies(forward_module(model))
-        self._count = 0
         self._before: list[Tensor] = []
         self._gradients: tuple[Tensor | None, ...] = ()
         self._loss: Tensor | None = None
@@ -79,8 +77,7 @@ class DirectionalRatio(Signal):
     def before_step(self, context: StepContext) -> None:
         """Where it is due, keep the weights and measure the loss."""
         self._mine = self._loss = None
-        self._count += 1
-        if (self._count - 1) % self.every:
+        if not self._pace.due():
             return
         with torch.no_grad():
             live = _live(context)
@@ -131,15 +128,15 @@ class DirectionalRatio(Signal):
 
     def settings(self) -> dict[str, Any]:
         """How often it measures."""
-        return {"every": self.every, "reuse_loss": self.reuse_loss, "seed": self._seed}
+        return {"every": self._pace.every, "reuse_loss": self.reuse_loss, "seed": self._seed}
 
     def state_dict(self) -> dict[str, Any]:
         """When the next measurement is due."""
-        return {"count": self._count}
+        return self._pace.state_dict()
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take it back."""
-        self._count = int(state["count"])
+        self._pace.load_state_dict(state)
 
     def _measure(self) -> Tensor:
         module = forward_module(self._model)

@@ -9,7 +9,7 @@ and the run stands still.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -17,6 +17,7 @@ from torch import Tensor
 
 from dist_stability.parallel import local, optimizer_state
 from dist_stability.signals.base import Signal, SignalValues, StepContext
+from dist_stability.signals.pace import Pace
 from dist_stability.signals.sums import batches, constants, norms, row
 
 _TINY = torch.finfo(torch.float32).tiny
@@ -47,18 +48,24 @@ class UpdateRms(Signal):
     Tensors count from their second step on. Those whose optimizer keeps no ``exp_avg_sq`` of the gradient's shape (SGD,
     Lion, factored or 8-bit second moments) are left out. Padding of an FSDP1 flat parameter counts as gradients of 0.
 
-    Costs three passes over gradients and second moment, and temporary memory of 64 MiB or the largest local tensor.
+    Costs at every ``every``-th step three passes over gradients and second moment, and temporary memory of 64 MiB or
+    the largest local tensor.
     Collectives: those of :attr:`Gradients.local`. No host sync.
     """
 
     name = "update_rms"
 
-    def __init__(self, *, every_tensor: bool = False) -> None:
+    def __init__(self, *, every_tensor: bool = False, every: int = 1) -> None:
         """Say what to report.
 
         Args:
             every_tensor: Also report each tensor by its name.
+            every: Steps from one measurement to the next, >= 1.
+
+        Raises:
+            ValueError: ``every`` is no positive whole number.
         """
+        self._pace = Pace(every, "UpdateRms")
         self.every_tensor = bool(every_tensor)
         self._names: list[str] = []
         self._mine: Tensor | None = None
@@ -70,7 +77,7 @@ class UpdateRms(Signal):
     def before_step(self, context: StepContext) -> None:
         """Compare gradients and second moments."""
         self._names = [name for name, _, _ in context.gradients.parameters]
-        self._mine = _rms_sums(context)
+        self._mine = _rms_sums(context) if self._pace.due() else None
 
     def collect(self) -> Tensor | None:
         """See :meth:`Signal.collect`."""
@@ -99,8 +106,16 @@ class UpdateRms(Signal):
         return SignalValues(values, {"update_rms_max": largest})
 
     def settings(self) -> dict[str, Any]:
-        """What is reported."""
-        return {"every_tensor": self.every_tensor}
+        """What is reported, and how often."""
+        return {"every_tensor": self.every_tensor, "every": self._pace.every}
+
+    def state_dict(self) -> dict[str, Any]:
+        """See :meth:`Pace.state_dict`."""
+        return self._pace.state_dict()
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take it back."""
+        self._pace.load_state_dict(state)
 
 
 class UpdateRatio(Signal):

@@ -26,6 +26,7 @@ import os
 import sys
 import warnings
 import weakref
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
@@ -76,11 +77,10 @@ class Arena:
         Raises:
             SnapshotError: There is not that much memory.
         """
-        self.nbytes = max(-(-nbytes // _PAGE), 1) * _PAGE
-        self.path = path
+        held = max(-(-nbytes // _PAGE), 1) * _PAGE
         head = 0 if path is None else HEAD
         try:
-            memory = mmap.mmap(-1, self.nbytes) if path is None else _new_file(path, head + self.nbytes)
+            memory = mmap.mmap(-1, held) if path is None else _new_file(path, head + held)
             whole = torch.frombuffer(memory, dtype=torch.uint8)
             self.node = _near(whole, device)
             _make_pages(whole)
@@ -90,16 +90,26 @@ class Arena:
                 f"{'' if path is None else f' in {path.parent}'} ({error}). "
                 "Keep fewer anchors, shard the state over more ranks, or give the job more memory"
             ) from error
-        self.data = whole[head : head + nbytes]
-        self._fill = None if path is None else whole[len(MARK) : len(MARK) + 8].view(torch.int64)
-        self.why_pageable = ""
-        locked: list[int] = []
+        self._hold(whole, head, nbytes, path)
         if device is not None:
-            self.why_pageable = _lock(whole.data_ptr() + head, self.nbytes, device, locked)
-        self.pinned = bool(locked)
-        self._finalizer = weakref.finalize(self, _unlock, os.getpid(), locked)
-        if self.why_pageable:
-            _say_pageable(self.nbytes, self.why_pageable)
+            self.lock(device)
+
+    def _hold(self, whole: torch.Tensor, head: int, nbytes: int, path: Path | None) -> None:
+        """The region is there, and its data begins at this byte of it."""
+        self.data, self.path, self.nbytes = whole[head : head + nbytes], path, whole.numel() - head
+        self._first = whole.data_ptr() + head
+        self._fill = None if path is None else whole[len(MARK) : len(MARK) + 8].view(torch.int64)
+        self.pinned, self.why_pageable = False, ""
+        self._locked: list[int] = []
+        self._finalizer = weakref.finalize(self, _unlock, os.getpid(), self._locked)
+
+    def lock(self, device: torch.device) -> None:
+        """Page-lock the region for a CUDA device; a warning if that fails."""
+        if not self.pinned:
+            self.why_pageable = _lock(self._first, self.nbytes, device, self._locked)
+            self.pinned = bool(self._locked)
+            if self.why_pageable:
+                _say_pageable(self.nbytes, self.why_pageable)
 
     @property
     def fill(self) -> int:
@@ -119,41 +129,42 @@ class Arena:
         self.nbytes, self.pinned = 0, False
 
 
-class FoundArena:
-    """A region in a file that another process left behind: a private view of it, which changes nothing there.
-
-    Attributes:
-        data: Its bytes, uint8, as many as asked for.
-        nbytes: As many.
-        fill: Number of the fill the data is of.
-        pinned: False.
-        path: The file.
-    """
+class FoundArena(Arena):
+    """A region in a file that another process left behind: only read, until it is taken over."""
 
     def __init__(self, path: Path, nbytes: int) -> None:
         """Open it.
+
+        Args:
+            path: The file.
+            nbytes: Bytes of its data.
 
         Raises:
             SnapshotError: It is not there, is no such file, or is too short.
         """
         try:
-            with path.open("rb") as file:
-                memory = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+            with path.open("r+b") as file:
+                memory = mmap.mmap(file.fileno(), 0)
         except (OSError, ValueError) as error:
             raise SnapshotError(f"{path.name} cannot be read ({error})") from error
         if len(memory) < HEAD + nbytes or memory[: len(MARK)] != MARK:
             raise SnapshotError(f"{path.name} is cut short or damaged at its head")
-        self.path, self.nbytes, self.pinned = path, nbytes, False
-        self.fill = int.from_bytes(memory[len(MARK) : len(MARK) + 8], "little")
-        self.data = torch.frombuffer(memory, dtype=torch.uint8)[HEAD : HEAD + nbytes]
+        self._hold(torch.frombuffer(memory, dtype=torch.uint8), HEAD, nbytes, path)
+        self._ours = False
+
+    def take_over(self, path: Path) -> None:
+        """From now on it is like one that was made here. The file has this name by now."""
+        self.path, self._ours = path, True
 
     def begin_fill(self) -> None:
-        """Never: it is only read."""
-        raise SnapshotError(f"{self.path.name} belongs to a process that has ended; it is not written to")
+        """See Arena.
 
-    def close(self) -> None:
-        """Let go of it. Idempotent."""
-        self.data, self.nbytes = torch.empty(0, dtype=torch.uint8), 0
+        Raises:
+            SnapshotError: It was not taken over.
+        """
+        if not self._ours:
+            raise SnapshotError(f"{self.path} belongs to a process that has ended; it is not written to")
+        super().begin_fill()
 
 
 def _new_file(path: Path, size: int) -> mmap.mmap:
@@ -321,6 +332,15 @@ class Memory:
     def make(self, nbytes: int, device: torch.device | None) -> Arena:
         """The memory of one slot. See :class:`Arena`."""
         return Arena(nbytes, device)
+
+    def take_over(self, found: Arena, on_chunk: Callable[[], object]) -> bool:
+        """Whether what an earlier process left can be the memory of a slot from now on, as if it had been made here.
+
+        Args:
+            found: What it left, its bytes read and found to be right.
+            on_chunk: Called between the parts of the work.
+        """
+        return found.path is None
 
 
 def _groups(mount: Path, path: str, names: tuple[str, str, str]) -> list[Limit]:

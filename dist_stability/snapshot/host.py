@@ -2,8 +2,8 @@
 
 The two are captured at different moments (docs/guarded-step.md), so they are two classes:
 
-* :class:`ForwardState` at the first training forward after a verdict: random streams and buffers. Draws that the data
-  loader made before it stay, those of a refused forward are undone.
+* :class:`ForwardState` at the first training forward after a verdict: random streams, buffers, and objects that a
+  forward moves. Draws that the data loader made before it stay, those of a refused forward are undone.
 * :class:`EntryState` on entry of ``step()``, before the optimizer runs: per-group values, GradScaler, schedulers and
   other objects. What the loop stepped after an accepted verdict belongs to the committed state.
 """
@@ -37,12 +37,27 @@ _SCALER_VALUES = (
 
 
 class ForwardState:
-    """Random streams and buffers before a forward. Its clones of the buffers are made once and used again."""
+    """Random streams, buffers and ``moved_by_forward`` objects before a forward.
 
-    def __init__(self, model: nn.Module) -> None:
+    Its clones of the buffers are made once and used again.
+
+    Args:
+        model: Whose buffers they are.
+        extra_state: Of the controller. Objects in it with a true attribute ``moved_by_forward`` change when the loss is
+            computed (a count of calls, a schedule of the loss), so a refusal takes them back to before that.
+
+    Attributes:
+        moved: Their states as captured, by name.
+    """
+
+    def __init__(self, model: nn.Module, extra_state: Mapping[str, Any] | None = None) -> None:
         """Nothing is captured yet."""
         self._buffers = BufferCopies(model)
         self._random: RandomState | None = None
+        self._movable = {
+            name: each for name, each in (extra_state or {}).items() if getattr(each, "moved_by_forward", False)
+        }
+        self.moved: dict[str, Any] = {}
 
     @property
     def captured(self) -> bool:
@@ -50,15 +65,18 @@ class ForwardState:
         return self._random is not None
 
     def capture(self) -> None:
-        """Copy the random streams and every buffer, over what was captured before. No host sync."""
+        """Copy the random streams, buffers and objects, over what was captured before. No host sync."""
         self._buffers.capture()
         self._random = RandomState.capture()
+        self.moved = {name: copy.deepcopy(each.state_dict()) for name, each in self._movable.items()}
 
     def restore(self) -> None:
         """Put them back; may be called repeatedly. Does nothing if no forward was captured: none has moved them."""
         if self._random is not None:
             self._buffers.restore()
             self._random.restore()
+            for name, state in self.moved.items():
+                self._movable[name].load_state_dict(copy.deepcopy(state))
 
     def export(self) -> dict[str, Any]:
         """The capture as plain data, for another process. Waits for buffers on a device."""
@@ -80,6 +98,7 @@ class ForwardState:
     def clear(self) -> None:
         """Forget the capture, keep the memory."""
         self._random = None
+        self.moved = {}
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -58,6 +58,11 @@ class Layout:
     large: dict[torch.device, tuple[int, ...]]
     batches: dict[torch.device, tuple[Batch, ...]]
 
+    @property
+    def cuda(self) -> torch.device | None:
+        """The CUDA device that copies come from and go to, if there is one: the memory is page-locked for it."""
+        return next((device for device in self.large if device.type == "cuda"), None)
+
     @classmethod
     def of(cls, sizes: Sequence[int], itemsizes: Sequence[int], devices: Sequence[torch.device]) -> Layout:
         """Lay out entries of the given bytes, bytes per element, and devices."""

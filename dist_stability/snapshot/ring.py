@@ -40,6 +40,7 @@ class SlotRing:
         self._safe: Slot | None = None
         self._before: Slot | None = None  # safe until the bytes of the safe one are there
         self._guests: list[Slot] = []  # held for somebody else; as often as that
+        self._pinned: Slot | None = None
         self.anchors: list[Slot] = []
 
     @property
@@ -92,6 +93,11 @@ class SlotRing:
         self._let_go()
         self._release_unused()
 
+    def adopt(self, slot: Slot) -> None:
+        """Make a published slot the safe one that this process has not filled; every other state is given up."""
+        self._safe, self._before, self.anchors = None, None, []
+        self.commit(slot)
+
     def hold(self, slot: Slot) -> None:
         """Somebody reads this slot: it is not filled again before as many calls of :meth:`drop`.
 
@@ -105,6 +111,26 @@ class SlotRing:
         if not self._in_use(slot):
             slot.release()
 
+    @property
+    def pinned(self) -> Slot | None:
+        """What :meth:`pin` kept, if it still may be gone back to."""
+        return self._pinned
+
+    def pin(self) -> Slot:
+        """Keep the safe state when it is safe no more, until :meth:`unpin`, or until a restore goes back behind it.
+
+        Another pinned one is given up. The ring must have been made with a spare slot for it.
+        """
+        self.unpin()
+        self._pinned = self.safe
+        return self._pinned
+
+    def unpin(self) -> None:
+        """Let go of what is pinned. Idempotent."""
+        pinned, self._pinned = self._pinned, None
+        if pinned is not None and not self._in_use(pinned):
+            pinned.release()
+
     def order(self) -> None:
         """The barrier: what changes the state from here on comes after every copy. The host waits for no device.
 
@@ -117,7 +143,7 @@ class SlotRing:
 
     def reset(self) -> None:
         """Give up every state, keep the memory."""
-        self._safe, self._before, self.anchors = None, None, []
+        self._safe, self._before, self._pinned, self.anchors = None, None, None, []
         self._release_unused()
 
     def close(self) -> None:
@@ -140,6 +166,8 @@ class SlotRing:
         if slot is self._safe:
             return
         self._safe, self._before = slot, None
+        if self._pinned is not None and self._pinned.attempt > slot.attempt:
+            self._pinned = None
         self.anchors = [anchor if anchor.attempt < slot.attempt else slot for anchor in self.anchors]
         self._release_unused()
 
@@ -162,8 +190,14 @@ class SlotRing:
             if id(other) not in seen and other.attempt < slot.attempt:
                 yield other
 
+    @property
+    def oldest(self) -> int:
+        """Attempt of the oldest state that could be restored."""
+        kept = [self.safe, *self.anchors, *([] if self._pinned is None else [self._pinned])]
+        return min(slot.attempt for slot in kept)
+
     def _in_use(self, slot: Slot) -> bool:
-        return slot is self._safe or slot is self._before or any(slot is one for one in (*self.anchors, *self._guests))
+        return any(slot is one for one in (self._safe, self._before, self._pinned, *self.anchors, *self._guests))
 
     def _let_go(self) -> None:
         """Release the slot that was safe before, once the safe one is there."""

@@ -28,7 +28,7 @@ from torch.optim import Optimizer
 
 from .. import parallel
 from ..errors import SnapshotError
-from .arena import Arena, FoundArena, Memory
+from .arena import Arena, Memory
 from .copier import Bucket, Copier, HostCopy, HostWork, ThreadTransfer, Transfer, chunks, copy_on_host, view_in
 from .digest import FixedSums, bytes_of, entry_digests
 from .host import EntryState, ForwardState
@@ -83,7 +83,7 @@ class Slot:
         self._host_memory = Memory() if source is None else source
         self._copier = Copier(HostWork.NONE) if copier is None else copier
         self._siblings: Sequence[Slot] = [self] if siblings is None else siblings
-        self._arena: Arena | FoundArena | None = None
+        self._arena: Arena | None = None
         self._locked_for: torch.device | None = None
         self._layout = Layout.of((), (), ())
         self._views: list[torch.Tensor] = []
@@ -158,9 +158,7 @@ class Slot:
             SnapshotError: The plan is not current, or there is no memory for the copy.
         """
         self.state = SlotState.FILLING
-        self.entry, self.rule_anchor, self.measurement, self.sealed = None, None, None, None
-        if self.forward is not None:
-            self.forward.clear()
+        self._clear()
         image = plan.image()
         live = plan.cut(image.tensors)
         devices = plan.devices_of(image)
@@ -178,10 +176,10 @@ class Slot:
         if not self._transfers:
             self.state = SlotState.COMPLETE
 
-    def take(
-        self, plan: StatePlan, memory: Arena | FoundArena, attempt: int, digests: Digests, sums: torch.Tensor
-    ) -> None:
+    def take(self, plan: StatePlan, memory: Arena, attempt: int, digests: Digests, sums: torch.Tensor) -> None:
         """Become the copy that another process made under a plan of the same form. Nothing is read or compared yet.
+
+        Its memory is only lent; see :meth:`keep`.
 
         Args:
             plan: A current plan.
@@ -202,11 +200,35 @@ class Slot:
                 f"rank {parallel.this_rank()}: the copy has {memory.data.numel()} bytes, this state {layout.nbytes}"
             )
         self.close()
-        self._arena = memory
+        self._clear()
+        self._arena, self._locked_for = memory, layout.cuda
+        if layout.cuda is not None:
+            memory.lock(layout.cuda)
         self._lay_out(plan, live, layout)
         self.attempt, self._plan, self._held = attempt, plan, image.held
         self._digests, self._sums = digests, sums
         self.state = SlotState.COMPLETE
+
+    def keep(self, digests: Digests, made: int, on_chunk: Callable[[], object]) -> bool:
+        """After :meth:`take`: have that memory for good and be as if this process had filled and sealed it.
+
+        Args:
+            digests: Of the state, on the device of those that ``fill`` makes.
+            made: How many attempts had been made at its seal.
+            on_chunk: Called between the parts of the work.
+
+        Returns:
+            Whether that is possible. Otherwise nothing has changed.
+        """
+        if not self._host_memory.take_over(self.memory, on_chunk):
+            return False
+        self._digests, self.sealed = digests, made
+        return True
+
+    @property
+    def on_host(self) -> bool:
+        """Whether all of the state lies in memory of the host, and this slot has all of it."""
+        return not self._layout.large and not self.plan.shared
 
     @property
     def spoilt(self) -> bool:
@@ -220,7 +242,7 @@ class Slot:
         return self._sums.cpu()
 
     @property
-    def memory(self) -> Arena | FoundArena:
+    def memory(self) -> Arena:
         """Where the bytes are; SnapshotError before the first fill."""
         if self._arena is None:
             raise SnapshotError("the slot was never filled")
@@ -501,6 +523,12 @@ class Slot:
             stacklevel=2,
         )
 
+    def _clear(self) -> None:
+        """Drop what belongs to the content and was set by the owner."""
+        self.entry, self.rule_anchor, self.measurement, self.sealed = None, None, None, None
+        if self.forward is not None:
+            self.forward.clear()
+
     def _forget(self, wait: bool) -> None:
         """Give up the content, and what went wrong with it.
 
@@ -562,13 +590,12 @@ class Slot:
     def _reserve(self, plan: StatePlan, tensors: Sequence[torch.Tensor], devices: tuple[torch.device, ...]) -> None:
         """Lay out the views for a plan; take new memory only if there is too little."""
         layout = _layout_of(tensors, devices)
-        cuda = next((device for device in layout.large if device.type == "cuda"), None)
-        if self._arena is None or layout.nbytes > self._data.numel() or self._locked_for != cuda:
+        if self._arena is None or layout.nbytes > self._data.numel() or self._locked_for != layout.cuda:
             self.close()  # before the new memory is there, not beside it
             self.state = SlotState.FILLING
             missing = sum(max(0, layout.nbytes - slot.nbytes) for slot in self._siblings)
             self._host_memory.check(missing, len(self._siblings))
-            self._arena, self._locked_for = self._host_memory.make(layout.nbytes, cuda), cuda
+            self._arena, self._locked_for = self._host_memory.make(layout.nbytes, layout.cuda), layout.cuda
         self._lay_out(plan, tensors, layout)
 
     def _lay_out(self, plan: StatePlan, tensors: Sequence[torch.Tensor], layout: Layout) -> None:

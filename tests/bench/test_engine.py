@@ -18,8 +18,11 @@ from dist_stability.bench.engine import arms, states, timing
 from dist_stability.bench.engine.arms import SMALL_WORK, Guarded, Plain, Reference, make_loops
 from dist_stability.bench.engine.command import bench
 from dist_stability.bench.engine.counting import allocations, counting, made_groups
+from dist_stability.bench.engine.edge import LEVELS
 from dist_stability.bench.engine.keepers import KEEPERS, make_keepers
 from dist_stability.bench.engine.ranks import RanksFailed, run_job
+from dist_stability.bench.engine.recovery import _start, with_ratios
+from dist_stability.bench.engine.starts import PARTS, WAYS
 from dist_stability.bench.engine.step import _count, headline
 from dist_stability.cli import main
 from dist_stability.experiments.wrapping import Processes
@@ -271,6 +274,7 @@ def one_thread() -> Iterator[None]:
 KEYS = {
     "snapshot": {"host_ms_per_snapshot", "bytes_over_payload", "allocations_after_warmup", "rivals", "sizes"},
     "restore": {"restore_over_limit", "rollback_over_limit", "rivals", "sizes", "rollback"},
+    "edge": {"monitor_over_plain", "modes"},
     "step": {
         "overhead_ratio",
         "collectives_per_step",
@@ -283,6 +287,16 @@ KEYS = {
 }
 
 
+@pytest.mark.parametrize("mode", ["single", "ddp"])
+def test_the_monitor_split_by_level(mode: str) -> None:
+    found = run_job("edge", mode, 2, CPU, True)
+    assert set(found["levels"]) == set(LEVELS)
+    # Twenty steps of a round: a look at each step, the margin not due within 50.
+    assert found["measured"]["level 0: ratio"] == found["measured"]["level 0: moments"] == 2 * 20
+    total = sum(level["median"] for level in found["levels"].values())
+    assert 0.0 < total == pytest.approx(found["monitor_over_plain"]["median"]) and found["first_margin_steps"] > 1.0
+
+
 @pytest.mark.parametrize("name", KEYS)
 def test_a_quick_run(name: str, tmp_path: Path, one_thread: None, capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("matplotlib")
@@ -293,7 +307,8 @@ def test_a_quick_run(name: str, tmp_path: Path, one_thread: None, capsys: pytest
     assert set(summary) >= KEYS[name] | {"machine", "quick"} and summary["quick"] is True
     assert summary["machine"]["threads"] == 1 and summary["machine"]["torch"] == torch.__version__
     text = (out / "tables.md").read_text()
-    assert "no figure here means anything" in text and "clone + deepcopy" in text and "1 threads" in text
+    assert "no figure here means anything" in text and "1 threads" in text
+    assert ("clone + deepcopy" in text) == (name != "edge")
     assert (out / f"{name}.png").read_bytes().startswith(b"\x89PNG")
     assert "<table>" in (out / "report.html").read_text()
     said = capsys.readouterr().out
@@ -306,6 +321,41 @@ def test_a_quick_run(name: str, tmp_path: Path, one_thread: None, capsys: pytest
 def test_step_and_rollback_in_two_processes() -> None:
     found = run_job("rollback", "ddp", 2, CPU, True)
     assert found["bytes"] > 0 and found["rollback_ms"]["median"] > found["vote_ms"] > 0
+
+
+@pytest.mark.slow
+def test_restarts_of_two_processes(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    out = tmp_path / "new"
+    assert main(["bench", "recovery", "--quick", "--device", "cpu", "--out", str(out)]) == 0
+    summary = read_json(out / "summary.json")
+    assert summary["ranks"] == 2 and 0 < summary["our_share"] < 1 and summary["resume_over_limit"] > 0
+    [size] = summary["sizes"].values()
+    assert set(size["ways"]) == set(WAYS)
+    text = (out / "tables.md").read_text()
+    assert all(f"| {way} |" in text for way in WAYS) and "first step (s)" in text
+    assert (out / "recovery.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_what_follows_from_the_times_of_restarts() -> None:
+    def times(state: float) -> timing.Numbers:
+        each = {**dict.fromkeys(PARTS, 1.0), "state": state, "memcpy": 0.5, "memcpy into new memory": 2.0}
+        return {part: [value, 2 * value] for part, value in each.items()}  # a round twice as slow in everything
+
+    found = with_ratios({way: times(state) for way, state in zip(WAYS, (1.0, 4.0, 6.0), strict=True)})
+    assert {key: value["median"] for key, value in found["checkpoint"].items() if "over" in key or "share" in key} == {
+        "our share": 5 / 8,
+        "over memcpy": 8.0,
+        "over memcpy into new memory": 2.0,
+        "over shared memory": 4.0,
+        "restart over shared memory": 8 / 5,
+    }
+    assert found["shared memory"]["until state"]["median"] == 7.5
+
+
+def test_a_restart_that_finds_nothing_says_why(tmp_path: Path) -> None:
+    with pytest.raises(RanksFailed, match=r"(?s)rank 0, shared memory: .*expected to resume at attempt 3: nothing to"):
+        _start(WAYS[0], states.QUICK[-1], CPU, 1, (tmp_path, tmp_path))
 
 
 def test_a_job_that_fails_says_why() -> None:
@@ -340,7 +390,7 @@ def test_without_a_gpu(words: list[str], tmp_path: Path, capsys: pytest.CaptureF
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_everything_on_a_gpu(tmp_path: Path) -> None:
     assert main(["bench", "gpu", "--quick", "--out", str(tmp_path)]) == 0
-    assert set(read_json(tmp_path / "summary.json")) == {"snapshot", "step", "restore", "scale"}
+    assert set(read_json(tmp_path / "summary.json")) == {"snapshot", "step", "restore", "edge", "scale"}
 
 
 def test_the_command_line_knows_the_parts() -> None:

@@ -128,11 +128,12 @@ def test_poison_that_stays_is_given_in_to() -> None:
 
 def test_when_the_margin_is_measured() -> None:
     machine = EdgeOfStability()
-    assert machine.products_due(0) == 3
-    feed(machine, 0, 1, margin=0.5, learning_rate=1e-3)
-    assert [machine.products_due(step) for step in (1, 49, 50)] == [0, 0, 1]
-    feed(machine, 10, 1, learning_rate=2e-3)
-    assert machine.products_due(11) == 3
+    assert [machine.products_due(step) for step in (0, 4, 5)] == [0, 0, 3]
+    feed(machine, 5, 1, margin=0.5, learning_rate=1e-3)
+    assert [machine.products_due(step) for step in (6, 54, 55)] == [0, 0, 1]
+    feed(machine, 6, 1, learning_rate=2e-3)
+    # A schedule that moves all the time does not make every step a measurement.
+    assert [machine.products_due(step) for step in (7, 14, 15, 16)] == [0, 0, 3, 3]
 
 
 def test_no_evidence_changes_nothing() -> None:

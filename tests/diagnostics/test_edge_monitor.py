@@ -98,7 +98,7 @@ def test_a_poisoned_adam_is_seen_although_the_loss_looks_fine() -> None:
     effective, rms = EffectiveStep(), UpdateRms()
     held = torch.randn(64, 8)
     losses, found = [], []
-    for step in range(140):
+    for step in range(150):
         x = torch.randn(32, 8)
         optimizer.zero_grad()
         F.cross_entropy(model(x), x[:, :3].argmax(1)).backward()
@@ -111,7 +111,7 @@ def test_a_poisoned_adam_is_seen_although_the_loss_looks_fine() -> None:
             losses.append(float(F.cross_entropy(model(held), held[:, :3].argmax(1))))
     assert {each.state for each in found[:110]} == {EdgeState.STABLE}
     poisoned = next(step for step, each in enumerate(found) if each.state is EdgeState.POISONED)
-    assert poisoned < 130 and found[poisoned].rung is Rung.DEEP_ROLLBACK
+    assert poisoned < 145 and found[poisoned].rung is Rung.DEEP_ROLLBACK
     assert max(losses[100:]) < losses[99] + 0.5  # the bar of the published controller
 
 

@@ -15,7 +15,9 @@ from dist_stability.experiments import training
 from dist_stability.experiments.digests import differences, digests
 from dist_stability.experiments.options import parse_options
 from dist_stability.experiments.unguarded import Unguarded
+from dist_stability.report.build import report
 from dist_stability.report.events import read_events, read_json
+from dist_stability.report.runs import load_run
 from dist_stability.testing import StateImage
 
 SMALL = ("--steps", "8", "--batch-size", "4", "--probe-size", "4", "--warmup", "2", "--device", "cpu")
@@ -179,6 +181,27 @@ def test_an_adaptive_cadence_and_signals_from_the_command_line(tmp_path: Path) -
     assert all({"learning_rate", "training_loss", "update_rms"} <= set(event["signals"]) for event in events[1:])
 
 
+def test_the_edge_of_stability_is_watched_and_drawn(tmp_path: Path) -> None:
+    more = ("--steps", "12", "--state-digest")
+    run(tmp_path / "watched", "--edge", "--update-signals", *more)
+    run(tmp_path / "plain", *more)
+    assert differences(state(tmp_path / "watched"), state(tmp_path / "plain")) == []
+    events = read_events(tmp_path / "watched" / "events.jsonl")
+    assert [event["attempt"] for event in events if event["edge"]["margin"] is not None][:1] == [5]
+    assert {event["edge"]["state"] for event in events} <= {"stable", "edge", "overdriven"}
+    report(tmp_path / "watched", tmp_path / "report")
+    page = (tmp_path / "report" / "report.html").read_text()
+    assert "Edge of stability: watched" not in page.replace("How far from the edge of stability", "")  # in the figure
+    assert "States, in judged attempts: stable at" in page and "Nothing was done about it." in page
+
+
+@pytest.mark.parametrize("wrong", ["--rule off", "--decision deferred", "--parallel fsdp1"])
+def test_what_the_edge_does_not_go_with(wrong: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        parse_options([*SMALL, "--edge", *wrong.split(), "--out", "unused"], 2)
+    assert "--edge: " in capsys.readouterr().err
+
+
 def test_every_second_step_is_judged(tmp_path: Path) -> None:
     for rule in ("predictive", "off"):
         run(tmp_path / rule, "--every", "2", "--rule", rule)
@@ -308,3 +331,45 @@ def test_digests_tell_bits_types_and_names_apart() -> None:
     ):
         assert differences(base, digests(StateImage({**image, name: other}))) == [name]
     assert differences(base, {name: value for name, value in base.items() if name != "f"}) == ["f"]
+
+
+def test_a_preflight_changes_no_bit_and_is_written_down(tmp_path: Path) -> None:
+    plain = run(tmp_path / "plain", "--state-digest")
+    summary = run(tmp_path / "looked", "--preflight", "--shaping", "--state-digest", "--lr", "2e-3")
+    assert differences(state(tmp_path / "plain"), state(tmp_path / "looked")) == []
+    assert plain["preflight"] is None and summary["preflight"]["level"] == "low"
+    assert summary["preflight"]["learning_rate"] == 2e-3  # the peak, not the first one of the warm-up
+    first, *others = read_events(tmp_path / "looked" / "events.jsonl")
+    assert first == summary["preflight"] and [event["attempt"] for event in others] == list(range(8))
+    assert summary["probe"] == plain["probe"]
+    assert len(load_run(tmp_path / "looked").events) == 8  # reports are about attempts
+
+
+def test_shaping_is_switched_on_in_a_run_whose_rate_is_far_too_high(tmp_path: Path) -> None:
+    given = (
+        "--preflight",
+        "--shaping",
+        *("--lr", "30", "--warmup", "60", "--steps", "60"),
+        *("--width", "32", "--layers", "1"),
+    )
+    summary = run(tmp_path, *given)
+    assert summary["preflight"]["level"] == "high" and summary["rungs"]["shape"] == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("--shaping",), "--shaping: needs --preflight"),
+        (("--preflight", "--rule", "off"), "--preflight: needs a controller"),
+        (("--preflight", "--shaping", "--rule", "fixed"), "--shaping: needs --rule predictive"),
+        (("--preflight", "--shaping", "--observe"), "--shaping: needs --rule predictive"),
+        (("--preflight", "--shaping", "--compile"), "--shaping: does not go with --compile"),
+        (("--preflight", "--shaping", "--task", "digits"), "--shaping: the blocks of --task digits"),
+    ],
+)
+def test_preflight_options_that_do_not_go_together(
+    arguments: tuple[str, ...], words: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        parse_options([*SMALL, *arguments], world_size=1)
+    assert words in capsys.readouterr().err

@@ -91,7 +91,10 @@ class Reaper:
         inside.register_forward_hook(forward)
 
     def die(self, attempt: int) -> None:
-        self.note.write_text(str(attempt))
+        # In one piece: in another thread than the loop's, the process may end meanwhile.
+        partly = self.note.with_suffix(".partly")
+        partly.write_text(str(attempt))
+        partly.replace(self.note)
         if self.death.how == "exception":
             raise ZeroDivisionError("injected")
         if self.death.how == "_exit":

@@ -20,7 +20,7 @@ from host_worker import whole
 from test_resume_ranks import Killer
 from zoo import Case
 
-from dist_stability import LossProbe, PeerCopies, SharedMemory, StabilityController
+from dist_stability import Checkpoints, LossProbe, PeerCopies, SharedMemory, StabilityController
 from dist_stability.snapshot.arena import HEAD
 from dist_stability.snapshot.tiers import parcels, record
 from dist_stability.snapshot.tiers.courier import Channel, Undelivered
@@ -151,13 +151,14 @@ def run(
     places: tuple[int, ...] = (0, 1, 2, 3),
     every: int = 2,
     faults: tuple[str, ...] = (),
+    options: dict[str, Any] | None = None,
 ) -> Any:
     """Resume if there is something, and train to the end: (final state, the line of resume, its attempt)."""
     parcels.CHUNK = 3000
     setup = zoo.build(case, rank, world)
     persist = settings(folder, places[rank], every) if folder else None
     injector = FaultInjector.parse(faults)
-    with zoo.control(case, setup, injector=injector, persist=persist, timeout=10.0) as controller:
+    with zoo.control(case, setup, injector=injector, persist=persist, timeout=10.0, **(options or {})) as controller:
         start = controller.resume() if folder else None
         if kill is not None and kill[0] == rank:
             controller.add_phase_listener(Killer(kill[1], kill[2], kill[3], "SIGKILL"))
@@ -180,8 +181,8 @@ _told: dict[str, int] = {}
 def resumed(case: Case, folder: Path, places: tuple[int, ...] = (0, 1, 2, 3), **options: Any) -> list[Any]:
     """To the end, from what is in the folders; asserts that it ends as a run that was never interrupted."""
     pool = harness.pool(zoo.world_of(case))
-    rest = (options.get("every", 2), options.get("faults", ()))
-    known = f"{case} {rest[1]}"
+    rest = (options.get("every", 2), options.get("faults", ()), options.get("options"))
+    known = f"{case} {rest[1:]}"
     if known not in _whole:
         _whole[known] = pool.run(run, case, "", None, places, *rest)
     again = pool.run(run, case, str(folder), None, places, *rest)
@@ -193,7 +194,7 @@ def resumed(case: Case, folder: Path, places: tuple[int, ...] = (0, 1, 2, 3), **
 
 def died(case: Case, folder: Path, *kill: Any, places: tuple[int, ...] = (0, 1, 2, 3), **options: Any) -> None:
     pool = harness.pool(zoo.world_of(case))
-    rest = (options.get("every", 2), options.get("faults", ()))
+    rest = (options.get("every", 2), options.get("faults", ()), options.get("options"))
     found = pool.run(run, case, str(folder), kill, places, *rest, expect_failure=True, grace=5.0)
     assert isinstance(found[kill[0]], harness.RankError) and found[kill[0]].type == "Died", found[kill[0]]
 
@@ -313,6 +314,30 @@ def test_refusals_after_a_copy_leave_its_moment_on_the_other_ranks(tmp_path: Pat
         assert attempt == 8, line
 
 
+STEPPING: dict[str, tuple[Case, dict[str, Any], tuple[int, ...]]] = {
+    "deferred": (Case("fsdp2", draws=False, scheduler=True, steps=17), {"decision": "deferred"}, (8,)),
+    "every third": (Case("fsdp2", scheduler=True, steps=17), {"every": 3}, (9,)),
+    "shadow": (Case("ddp", scheduler=True, steps=17), {"shadow": True}, (8,)),
+}
+"""Case, settings, and the moments that may be the newest good one when rank 1 dies in the step of attempt 11."""
+
+
+@pytest.mark.parametrize("lost", [1, slow((0,))])
+@pytest.mark.parametrize("name", list(STEPPING))
+def test_with_each_way_of_stepping(name: str, lost: int, tmp_path: Path) -> None:
+    """A step is refused before what is gone on from, and another one after it."""
+    case, options, good = STEPPING[name]
+    rest: dict[str, Any] = {
+        "every": 4,
+        "options": options,
+        "faults": ("gradient-scale:step=5,factor=300", "gradient-scale:step=14,factor=300"),
+    }
+    died(case, tmp_path, 1, "step", 11, 0, **rest)
+    lose(tmp_path, lost)
+    for _, line, attempt in resumed(case, tmp_path, **rest):
+        assert attempt in good and f"rank {lost}'s from rank {1 - lost}" in line, line
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("mode", ["hsdp", "fsdp2+tp"])
 @pytest.mark.parametrize("lost", [0, 1])
@@ -350,6 +375,50 @@ def test_copies_need_shared_memory_to_be_copied_from(tmp_path: Path) -> None:
 
 
 # ---------------------------------------------------------------------- another number of ranks
+
+
+def moments(rank: int, world: int, folder: str, resume: bool) -> Any:
+    """Copies and checkpoints of the same moments: (what was resumed, the whole state at each attempt, or then)."""
+    case = Case("fsdp2")
+    setup = zoo.build(case, rank, world)
+    persist = [*settings(folder, rank), Checkpoints(Path(folder) / "disk", every=2)]
+    controller = zoo.control(case, setup, persist=persist, timeout=10.0)
+    start = controller.resume() if resume else None
+    states = [whole(setup)]
+    for attempt in range(0 if resume else 9):
+        delivered(controller)
+        zoo._attempt(case, setup, attempt, zoo.fetch(case, setup, attempt), controller, None)
+        states.append(whole(setup))
+    delivered(controller)
+    controller._close(failed=True)
+    return start, states
+
+
+def flip(path: Path, place: int) -> None:
+    data = bytearray(path.read_bytes())
+    data[place] ^= 1
+    path.write_bytes(data)
+
+
+@pytest.mark.parametrize("damaged", ["copy", "checkpoint", "both"])
+@pytest.mark.filterwarnings("ignore:persist=PeerCopies", "ignore:.*set aside")
+def test_a_moment_that_two_tiers_have_is_taken_from_the_sound_one(damaged: str, tmp_path: Path) -> None:
+    states = harness.pool(2).run(moments, str(tmp_path), False)[0][1]
+    harness.pool(2).close()
+    lose(tmp_path, 1)
+    if damaged != "checkpoint":
+        flip(copies(tmp_path, 0, 1)[0], HEAD + 40)
+    if damaged != "copy":
+        [data, *_] = sorted((tmp_path / "disk" / "attempt-00000008").glob("*.distcp"))
+        flip(data, data.stat().st_size // 2)
+    [(start, [state])] = harness.pool(1).run(moments, str(tmp_path), True)
+    assert start.attempt == (6 if damaged == "both" else 8), start.line
+    assert start.source.startswith("checkpoints in" if damaged == "copy" else "peer copies"), start.line
+    assert ("attempt 8 in peer copies on rank 0: has a record of rank 1 that is damaged" in start.line) is (
+        damaged != "checkpoint"
+    ), start.line
+    assert (f"attempt 8 in checkpoints in {tmp_path}" in start.line) is (damaged == "both"), start.line
+    assert same(states[start.attempt], state)
 
 
 def until(rank: int, world: int, case: Case, folder: str, last: int, split: bool | None = None) -> Any:

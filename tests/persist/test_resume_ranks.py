@@ -194,6 +194,7 @@ CASES = {
     "buffers": Case("ddp", model="conv", optimizer="sgd"),
     "scaler": Case("ddp", model="bf16", scaler=True, accumulation=2),
     "several": Case("fsdp2", optimizers=2, scheduler=True, clip=1.0),
+    "schedule in the loss": Case("ddp", shape=3),
     "tensor lr": Case("ddp", tensor_lr=True, optimizer="adam-loop"),
 }
 

@@ -236,10 +236,117 @@ def test_a_second_death_before_the_first_seal_loses_nothing(tmp_path: Path) -> N
     assert resumed(tmp_path)[1].attempt == 8
 
 
-def test_what_came_before_is_forgotten_at_the_second_seal(tmp_path: Path) -> None:
+def test_the_slot_is_taken_over_and_not_copied(tmp_path: Path) -> None:
+    Run(tmp_path, anchors=0).steps(0, 9).end()
+    before, newest = set(ours(tmp_path)), seals(tmp_path)[0].with_suffix("")
+    inode, fill = newest.stat().st_ino, FoundArena(newest, 0).fill
+    run, found = resumed(tmp_path, anchors=0)
+    taken = run.controller._recovery.ring.safe
+    path = taken.memory.path
+    assert found.attempt == 8 and path is not None and path.stat().st_ino == inode
+    assert taken.memory.fill == fill and not taken.verify()
+    assert not before & set(ours(tmp_path)), "all that an earlier process left has gone, or has a name of this one"
+    run.steps(8, 9)
+    assert taken.memory.fill == fill and run.controller._recovery.ring.safe is not taken
+    run.steps(9, 10)
+    assert taken.memory.fill == fill + 1 and run.controller._recovery.ring.safe is taken
+    run.end()
+    assert resumed(tmp_path, anchors=0)[1].attempt == 9
+
+
+def test_what_is_taken_over_is_restored_from_after_a_refusal(tmp_path: Path) -> None:
+    whole = Run(tmp_path, job="other").steps(0, 12, bad=8)
+    expected = whole.state()
+    whole.controller.close()
+    Run(tmp_path).steps(0, 9, bad=8).end()
+    run, found = resumed(tmp_path)
+    assert found.attempt == 8
+    taken = run.controller._recovery.ring.safe
+    run.steps(8, 9, bad=8)
+    assert run.controller._recovery.ring.safe is taken
+    assert equal(run.steps(9, 12).state(), expected)
+    run.controller.close()
+    assert ours(tmp_path) == []
+
+
+@pytest.mark.parametrize("when", range(5))
+def test_a_death_while_the_slot_is_taken_over(when: int, tmp_path: Path) -> None:
+    """It has two names then, or one of either process; whatever it has, its seal has, too."""
+    Run(tmp_path).steps(0, 9).end()
+    run, calls = Run(tmp_path), [0]
+
+    def interrupt(attempt: int, phase: str) -> None:
+        calls[0] += (attempt, phase) == (8, "copy")
+        if calls[0] > when:
+            raise KeyboardInterrupt
+
+    run.controller.add_phase_listener(interrupt)
+    if when < 4:  # on entering, and after each link: of the slot, of two seals
+        with pytest.raises(KeyboardInterrupt):
+            run.controller.resume()
+    else:
+        assert run.controller.resume() and calls == [4]
+    run.end()
+    again, found = resumed(tmp_path)
+    assert found.attempt == 8, found.line
+    again.steps(8, 10)
+    assert len({path.stat().st_ino for path in ours(tmp_path)}) == len(ours(tmp_path)), "nothing has two names"
+    again.controller.close()
+    assert ours(tmp_path) == []
+
+
+def test_a_death_while_the_next_commit_is_copied(tmp_path: Path) -> None:
+    """What was taken over is not filled before another slot is safe."""
+    Run(tmp_path, anchors=0).steps(0, 9).end()
+    run, _ = resumed(tmp_path, anchors=0)
+
+    def interrupt(attempt: int, phase: str) -> None:
+        if (attempt, phase) == (8, "copy") and any(s.state == "filling" for s in run.controller._recovery.ring._slots):
+            raise KeyboardInterrupt
+
+    run.controller.add_phase_listener(interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        run.steps(8, 9)
+    run.end()
+    assert resumed(tmp_path, anchors=0)[1].attempt == 8
+
+
+def test_what_must_stay_as_it_is_is_not_taken_over(tmp_path: Path) -> None:
+    """Slots of which another host has a copy, copies that another rank keeps, and what another rank has sent."""
+    Run(tmp_path).steps(0, 9).end()
+    newest = seals(tmp_path)[0]
+    shelf = Shelf(SharedMemory("job", tmp_path), 0, 1)
+    head, body = record.read(newest)
+    slot = newest.with_suffix("")
+    held = shelf.hold(slot, head, body)
+    shelf.keeps_held = True
+    before = ours(tmp_path)
+    assert not shelf.take_over(FoundArena(slot, head.nbytes), lambda: None)
+    held.unlink()
+    kept = slot.with_name(slot.name.replace(".r0.", ".r0.k1."))
+    shutil.copy(slot, kept)
+    assert not shelf.take_over(FoundArena(kept, head.nbytes), lambda: None)
+    kept.unlink()
+    landed = shelf.land(head.nbytes)
+    assert landed.path is not None and not shelf.take_over(FoundArena(landed.path, head.nbytes), lambda: None)
+    shelf.remove(landed.path)
+    assert ours(tmp_path) == [path for path in before if path != held]
+    assert shelf.take_over(FoundArena(slot, head.nbytes), lambda: None)
+    assert not slot.exists() and seals(tmp_path)[0].name.endswith(newest.suffix)
+
+
+def test_what_cannot_be_taken_over_is_copied_and_forgotten_at_the_second_seal(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: Any) -> None:
+        raise OSError(1, "Operation not permitted")
+
     Run(tmp_path).steps(0, 9).end()
     before = set(ours(tmp_path))
-    run, _ = resumed(tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "link", refuse)
+        run, found = resumed(tmp_path)
+    assert found.attempt == 8
     assert len(before & set(ours(tmp_path))) == 3, "the slot that was resumed from, and its seals"
     run.steps(8, 9)
     assert before & set(ours(tmp_path))

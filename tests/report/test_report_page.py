@@ -121,6 +121,26 @@ def test_a_report_is_one_page_that_fetches_nothing(tmp_path: Path) -> None:
     assert summary["runs"]["run"]["final_probe"] == pytest.approx(2.05)
 
 
+def test_the_edge_of_stability_is_drawn_with_what_was_done_about_it(tmp_path: Path) -> None:
+    events = guarded_events()
+    for each in events:
+        said = {"state": "stable", "margin": None, "rho": None, "rung": None, "factor": None, "acted": False}
+        each["edge"] = {**said, "reason": ""}
+    events[4]["edge"] |= {"margin": 0.7, "rho": 1.4}
+    events[8]["edge"] |= {"state": "overdriven", "margin": 1.5, "rung": "cut_lr", "factor": 0.67, "acted": True}
+    events[9]["edge"] |= {"state": "overdriven", "margin": math.nan}
+    write_run(tmp_path / "run", events, **SUMMARY)
+    run = load_runs(tmp_path / "run")[0]
+    axes = plots.edge(run, title="t").axes[0]
+    lines = {line.get_label(): line.get_xydata().tolist() for line in axes.lines}
+    assert lines["margin"] == [[4.0, 0.7], [8.0, 1.5]] and lines["median directional ratio / 2"] == [[4.0, 0.7]]
+    labels = [text.get_text() for text in axes.get_legend().get_texts()]
+    assert "cut_lr (1)" in labels and "overdriven, runaway or poisoned" in labels
+    report(tmp_path / "run", tmp_path / "out")
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert "stable at 18, overdriven at 2. Done about it: cut_lr at batch 8." in page
+
+
 def test_a_report_of_several_runs_and_of_one_that_crashed(tmp_path: Path) -> None:
     write_run(tmp_path / "a", guarded_events(), **SUMMARY)
     write_run(tmp_path / "b", [event(0, 3.0, innovation=None), event(1, None, "unjudged", innovation=None)])

@@ -211,6 +211,35 @@ def test_a_disabled_grad_scaler() -> None:
     scaled_step(scaler, model, optimizer)
 
 
+class Count:
+    """Moved by a forward, or not."""
+
+    def __init__(self, moved_by_forward: bool) -> None:
+        self.moved_by_forward = moved_by_forward
+        self.calls: list[int] = []
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"calls": self.calls}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.calls = state["calls"]
+
+
+def test_forward_state_takes_along_what_a_forward_moves() -> None:
+    moved, other = Count(True), Count(False)
+    state = ForwardState(nn.Linear(1, 1), {"moved": moved, "other": other})
+    moved.calls, other.calls = [1], [1]
+    state.capture()
+    for _ in range(2):
+        moved.calls.append(2)
+        other.calls = [1, 2]
+        assert state.moved == {"moved": {"calls": [1]}}
+        state.restore()
+        assert moved.calls == [1] and other.calls == [1, 2]
+    state.clear()
+    assert state.moved == {}
+
+
 def test_forward_state() -> None:
     model = nn.Sequential(nn.BatchNorm1d(2), nn.Dropout(0.5))
     state = ForwardState(model)

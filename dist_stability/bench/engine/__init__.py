@@ -5,6 +5,7 @@
   rivals', and the machine's own limit;
 * :mod:`.snapshot`, :mod:`.restore`, :mod:`.step`, :mod:`.scale`: the benchmarks; :mod:`.arms` are the training loops
   that are compared, :mod:`.ranks` runs them in several processes;
+* :mod:`.recovery`: whole restarts of a job, of which one is :mod:`.starts`;
 * :mod:`.pages`, :mod:`.command`: what a person sees.
 
 Counts (collectives, reads by the host, allocations) are facts and are asserted in tests; times are only ever reported,

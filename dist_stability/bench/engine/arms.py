@@ -56,6 +56,8 @@ class Loop(ABC):
 
     Attributes:
         name: For tables.
+        batches: This rank's, taken in turn.
+        batch: That of the present step.
         groups: Process groups of its own.
         seconds: By part, one number for each step in which the part ran; emptied by whoever reads it.
     """
@@ -70,9 +72,7 @@ class Loop(ABC):
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-3)
         share = work.batch // here.world_size
         draw = torch.Generator().manual_seed(here.rank)
-        self._batches = [
-            self._place(train, torch.randint(len(train), (share,), generator=draw)) for _ in range(BATCHES)
-        ]
+        self.batches = [self._place(train, torch.randint(len(train), (share,), generator=draw)) for _ in range(BATCHES)]
         spread = torch.linspace(0, len(held_out) - 1, work.probe).long()
         self.probe = LossProbe(cross_entropy, [self._place(held_out, spread)])
         self.groups: tuple[Any, ...] = ()
@@ -81,9 +81,9 @@ class Loop(ABC):
 
     def step(self) -> None:
         """Forward, backward, and what the loop does with the gradients."""
-        batch = self._batches[self._step % BATCHES]
+        self.batch = self.batches[self._step % BATCHES]
         self._step += 1
-        loss = cross_entropy(self.model, batch)
+        loss = cross_entropy(self.model, self.batch)
         loss.backward()
         self.update(loss)
         self.optimizer.zero_grad()
@@ -118,7 +118,7 @@ class Guarded(Loop):
 
     Args:
         *args: As for :class:`Loop`.
-        **options: Of the controller.
+        **options: Of the controller; ``watch`` is called for its ``edge`` when the model is there.
 
     Attributes:
         controller: The controller.
@@ -132,6 +132,8 @@ class Guarded(Loop):
         self.refused = 0
         self.notes: list[str] = []
         rule = options.pop("rule", None) or PredictiveInnovation()
+        if (watch := options.pop("watch", None)) is not None:
+            options["edge"] = watch()
         with made_groups() as groups:
             self.controller = StabilityController(
                 self.model, self.optimizer, self.probe, rule, on_event=self._hear, **options

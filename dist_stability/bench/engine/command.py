@@ -1,4 +1,4 @@
-"""``dist-stability bench snapshot | step | restore | scale | gpu``: measure, and write what a person reads."""
+"""``dist-stability bench snapshot|step|restore|edge|scale|recovery|gpu``: measure, write what a person reads."""
 
 from __future__ import annotations
 
@@ -10,13 +10,14 @@ import torch
 from dist_stability.bench.engine.machine import choose_device, describe, in_words
 from dist_stability.bench.engine.pages import write_pages
 from dist_stability.bench.engine.ranks import MODES, run_job
+from dist_stability.bench.engine.recovery import recovery
 from dist_stability.bench.engine.restore import restore
 from dist_stability.bench.engine.scale import scale
 from dist_stability.bench.engine.snapshot import snapshot
 from dist_stability.bench.engine.step import headline
 from dist_stability.report.events import write_json
 
-PARTS = ("snapshot", "step", "restore", "scale")
+PARTS = ("snapshot", "step", "restore", "edge", "scale")
 
 
 def bench(
@@ -31,11 +32,13 @@ def bench(
     """Run one benchmark and write ``summary.json``, ``tables.md``, a figure and ``report.html``.
 
     Args:
-        name: One of :data:`PARTS`.
+        name: One of :data:`PARTS`, or "recovery".
         out: The folder.
         quick: Far too little for a figure; the same code.
         device: "auto", "cpu" or "cuda".
-        ranks: Of ``step`` and ``restore``: with two or more, DDP and FSDP2 are measured on as many processes, too.
+        ranks: Of ``step``, ``restore`` and ``edge``: with two or more, DDP and FSDP2 are measured on as many processes,
+            too.
+            Of ``recovery``: with two or more under FSDP2.
         link: Of ``scale``: GB/s from device to host; default: stated.
 
     Returns:
@@ -87,13 +90,17 @@ def _run(name: str, device: torch.device, ranks: int, quick: bool, link: float |
         return snapshot(device, quick)
     if name == "scale":
         return scale(quick, link)
-    job = "step" if name == "step" else "rollback"
+    if name == "recovery":
+        return recovery(device, ranks, quick)
+    job = "rollback" if name == "restore" else name
     found = {mode: run_job(job, mode, ranks, device, quick) for mode in modes}
     for mode, each in found.items():
         each["ranks"] = 1 if mode == "single" else ranks
     if name == "step":
         return {"modes": found, **headline(found)}
     last = found[modes[-1]]
+    if name == "edge":
+        return {"modes": found, "monitor_over_plain": last["monitor_over_plain"]["median"]}
     return {
         **restore(device, quick),
         "rollback": found,

@@ -111,9 +111,34 @@ def _scale(summary: Mapping[str, Any], where: str) -> Any:
     return figure
 
 
+def _edge(summary: Mapping[str, Any], where: str) -> Any:
+    groups = {
+        mode: {level: 100.0 * ratio["median"] for level, ratio in found["levels"].items()}
+        for mode, found in summary["modes"].items()
+    }
+    return bars(
+        groups, title="The monitor of the edge of stability", subtitle=where, axis="% of a plain step", scale="linear"
+    )
+
+
+def _recovery(summary: Mapping[str, Any], where: str) -> Any:
+    groups = {
+        size: {way: each["over memcpy"]["median"] for way, each in found["ways"].items()}
+        for size, found in summary["sizes"].items()
+    }
+    return bars(
+        groups,
+        title="A restart has its state back, over a memcpy of as many bytes",
+        subtitle=where,
+        axis="time / memcpy",
+    )
+
+
 FIGURES: dict[str, Callable[[Mapping[str, Any], str], Any]] = {
     "snapshot": _snapshot,
     "restore": _restore,
     "step": _step,
+    "edge": _edge,
     "scale": _scale,
+    "recovery": _recovery,
 }

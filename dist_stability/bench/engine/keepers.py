@@ -195,6 +195,10 @@ class Memcpy(Keeper):
         """From the host."""
         self._live.copy_(self._mine, non_blocking=True)
 
+    def restore_anew(self) -> None:
+        """From the host, into memory that nobody has touched, as that of a new process is."""
+        torch.empty_like(self._live).copy_(self._mine, non_blocking=True)
+
 
 class OneCall(Keeper):
     """The limit of torch: everything in one call, between lists made once. Nothing is checked or summed up."""

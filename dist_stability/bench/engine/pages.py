@@ -9,6 +9,7 @@ from typing import Any
 
 from dist_stability.bench.engine import figures
 from dist_stability.bench.engine.machine import in_words
+from dist_stability.bench.engine.starts import PARTS
 from dist_stability.bench.engine.timing import shown
 from dist_stability.report import html
 from dist_stability.report.markdown import markdown
@@ -127,6 +128,22 @@ def _step(summary: Mapping[str, Any]) -> list[Section]:
     return sections
 
 
+def _edge(summary: Mapping[str, Any]) -> list[Section]:
+    rows = []
+    for mode, found in summary["modes"].items():
+        for level, ratio in found["levels"].items():
+            rows.append([mode, level, found["measured"][level], shown(ratio)])
+        rows.append([mode, "together", "", shown(found["monitor_over_plain"])])
+    last = list(summary["modes"].values())[-1]
+    note = (
+        "Over a whole plain step (forward, backward, optimizer), in processor time, on CUDA in wall time; "
+        f"{last['steps']} steps. The first margin comes once and takes {last['first_margin_products']} products: "
+        f"{last['first_margin_steps']:.3g} plain steps. The state machine is not in it: microseconds."
+    )
+    columns = ["mode", "part", "looks", "over plain"]
+    return [Section("The monitor of the edge of stability, by level", note, columns, rows)]
+
+
 _PARTS = ("probe", "vote", "copy")
 
 
@@ -152,6 +169,34 @@ def _scale(summary: Mapping[str, Any]) -> list[Section]:
     return [Section("Llama-3 at scale", note, columns, rows)]
 
 
+def _recovery(summary: Mapping[str, Any]) -> list[Section]:
+    columns = ["from", *(f"{part} (s)" for part in (*PARTS, "until state"))]
+    ratios = [
+        "our share",
+        "over memcpy",
+        "over memcpy into new memory",
+        "over shared memory",
+        "restart over shared memory",
+    ]
+    sections = []
+    for name, size in summary["sizes"].items():
+        rows = [
+            [way, *(shown(each[part], 2) for part in (*PARTS, "until state"))] for way, each in size["ways"].items()
+        ]
+        note = (
+            f"Ranks: {summary['ranks']}; {size['bytes'] / 1e6:.4g} MB on each. Median (quartiles) of whole starts, the "
+            "slower rank of each part; files put out of the page cache. 'Until state': all but the first step."
+        )
+        sections.append(Section(f"Restarts, {name}", note, columns, rows))
+        rows = [[way, *(shown(each[key], 2) for key in ratios)] for way, each in size["ways"].items()]
+        note = (
+            "Our share: of the time until the state is there, what is controller and state. Over memcpy: the state's "
+            "time, over a copy of its bytes in the same process, into memory in use and into memory nobody has touched."
+        )
+        sections.append(Section(f"Ratios, {name}", note, ["from", *ratios], rows))
+    return sections
+
+
 def _missing(size: Mapping[str, Any]) -> str:
     return "".join(f" {name} is missing: {reason}." for name, reason in size["missing"].items())
 
@@ -160,5 +205,7 @@ SECTIONS: dict[str, Callable[[Mapping[str, Any]], list[Section]]] = {
     "snapshot": _snapshot,
     "restore": _restore,
     "step": _step,
+    "edge": _edge,
     "scale": _scale,
+    "recovery": _recovery,
 }

@@ -14,12 +14,19 @@ from typing import Any
 
 import torch
 
+from dist_stability.bench.engine.edge import edge
 from dist_stability.bench.engine.restore import rollback
 from dist_stability.bench.engine.step import step
+from dist_stability.experiments.restrained.sharded_run import sharpness
 from dist_stability.experiments.wrapping import Processes, processes
 from dist_stability.report.events import read_json, write_json
 
-JOBS: dict[str, Callable[[Processes, str, bool], dict[str, Any]]] = {"step": step, "rollback": rollback}
+JOBS: dict[str, Callable[[Processes, str, bool], dict[str, Any]]] = {
+    "step": step,
+    "rollback": rollback,
+    "sharpness": sharpness,
+    "edge": edge,
+}
 MODES = ("single", "ddp", "fsdp2")
 LIMIT_SECONDS = 900.0
 LOG_LINES = 30
@@ -52,7 +59,7 @@ def run_job(job: str, mode: str, ranks: int, device: torch.device, quick: bool) 
         try:
             done = subprocess.run(
                 command + ["--quick"] * quick,
-                env=_environment(),
+                env=environment(),
                 stdout=subprocess.PIPE,
                 stderr=subprocess.STDOUT,
                 text=True,
@@ -61,7 +68,7 @@ def run_job(job: str, mode: str, ranks: int, device: torch.device, quick: bool) 
         except subprocess.TimeoutExpired as error:
             raise RanksFailed(f"{job} under {mode} on {ranks} ranks: no end within {LIMIT_SECONDS:g} s") from error
         if done.returncode:
-            shown = "\n  ".join(_end(done.stdout))
+            shown = "\n  ".join(last_lines(done.stdout))
             raise RanksFailed(f"{job} under {mode} on {ranks} ranks failed with status {done.returncode}:\n  {shown}")
         return read_json(out)
 
@@ -81,14 +88,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
             write_json(options.out, found)
 
 
-def _end(printed: str) -> list[str]:
+def last_lines(printed: str) -> list[str]:
     """The last lines of the program itself: the launcher's own traceback, after them, says nothing."""
     lines = printed.splitlines()
     launcher = [number for number, line in enumerate(lines) if "torch/distributed/" in line and "run.py" in line]
     return (lines[: launcher[0]] or lines if launcher else lines)[-LOG_LINES:]
 
 
-def _environment() -> dict[str, str]:
+def environment() -> dict[str, str]:
     """One thread per process unless told otherwise, and the loopback device."""
     environment = {"OMP_NUM_THREADS": "1", **os.environ}
     loopback = [name for _, name in socket.if_nameindex() if name in ("lo", "lo0")]

@@ -178,7 +178,7 @@ def protocol(
     Args:
         experiment: One of :data:`EXPERIMENTS`.
         data: Folder that may hold CIFAR-10; without it, vision is scikit-learn's digits.
-        probe_size: Held-out examples in the probe; default 16 for text, 32 for vision: the paper has both.
+        probe_size: Held-out examples in the probe; default 16 for text, 128 for vision.
         width: Of the Transformer of text, if not the usual one.
         layers: Likewise.
         quick: A few steps of everything, to see that it runs; no number of it means anything.
@@ -196,7 +196,7 @@ def protocol(
         has_cifar10 = data is not None and (data / CIFAR10_FOLDER).is_dir()
         tasks = ("cifar10",) if has_cifar10 else ("distorted-digits", "digits")
         chosen = Protocol(
-            "vision", tasks, batch_size=128, lr=1e-3, probe_size=32, batch_statistics=True, tuning_seeds=(1000,)
+            "vision", tasks, batch_size=128, lr=1e-3, probe_size=128, batch_statistics=True, tuning_seeds=(1000,)
         )
     else:
         raise ValueError(f"unknown experiment {experiment!r}: choose from {', '.join(EXPERIMENTS)}")

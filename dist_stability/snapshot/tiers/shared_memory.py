@@ -7,9 +7,11 @@ Names say everything that has to be known without opening a file::
     dist_stability.<user>.<job>.r<rank>.<owner>.<number>.h<made>   a seal that stays as long as a copy of that moment
     dist_stability.<user>.<job>.r<rank>.k<keeper>.<owner>...       a copy that another rank keeps (copies.py)
 
-A process makes files of its own and never writes to those of another, so what an earlier process of the same job and
-rank left stays as it was until it is superseded. Files of other jobs are removed if neither their process nor the one
-that would start it again runs: that cannot change any more, so two processes that clean up at once do no harm.
+A process writes only to files that have its name, so what an earlier process of the same job and rank left stays as it
+was until it is superseded. The slot that a run is resumed from is taken over: it gets a name of the new process and is
+one of its slots, which is not filled again before another one is safe. Files of other jobs are removed if neither their
+process nor the one that would start it again runs: that cannot change any more, so two processes that clean up at once
+do no harm.
 """
 
 from __future__ import annotations
@@ -251,6 +253,32 @@ class Shelf(Memory):
         self._arenas.append(arena)
         return arena
 
+    def take_over(self, found: Arena, on_chunk: Callable[[], object]) -> bool:
+        """See Memory: a slot that an earlier process of this rank left, which gets a name of this process.
+
+        It goes on to be sealed under both names until the earlier one is removed. Not what must stay as it is: slots of
+        which another host has copies, until there are newer ones; and not what is another rank's copy.
+        """
+        old = found.path
+        earlier = [file for file in self._earlier() if file.slot == old]
+        held = self.keeps_held and any(file.seal.startswith(_HELD) for file in earlier)
+        if old is None or held or not earlier or not isinstance(found, FoundArena):
+            return False
+        new = self._new(f"r{self._rank}")
+        try:
+            for file in earlier:  # the slot, and its seals
+                if file.seal in ("", *_SEALS):
+                    os.link(file.path, new.with_name(new.name + file.path.name.removeprefix(old.name)))
+                    on_chunk()
+        except OSError:  # a file system without links, or one that is full
+            self.remove(new)
+            return False
+        self.remove(old)
+        found.take_over(new)
+        _open.add(self)
+        self._arenas.append(found)
+        return True
+
     def make_copy(self, rank: int, nbytes: int) -> Arena:
         """The memory of a copy of another rank's slot.
 
@@ -296,7 +324,7 @@ class Shelf(Memory):
             return  # until there are seals of this process: the state came from slots like these
         self.forget_earlier(but=found.path if isinstance(found, Record) else None)
 
-    def seal(self, memory: Arena | FoundArena, head: Head, body: bytes, on_chunk: Callable[[], object]) -> None:
+    def seal(self, memory: Arena, head: Head, body: bytes, on_chunk: Callable[[], object]) -> None:
         """Make what a slot holds findable. The seal before stays; what earlier processes left goes at the second one.
 
         At the second, because by then all ranks have made the first: there was a vote in between. There is none between

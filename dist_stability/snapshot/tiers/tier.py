@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
-from ..arena import Arena, FoundArena
+from ..arena import Arena
 from ..catalogue import Wanted
 from ..slot import Slot
 from .record import Head
@@ -33,7 +33,7 @@ class Found(Protocol):
     def body(self) -> bytes:
         """Pickled."""
 
-    def open(self) -> Arena | FoundArena:
+    def open(self) -> Arena:
         """The bytes of the slot, in no way checked. The caller closes it.
 
         Raises:

@@ -1,0 +1,1 @@
+"""``dist-stability diagnose NAME``: the diagnostics on a model that the command line names."""

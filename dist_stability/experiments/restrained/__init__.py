@@ -1,0 +1,1 @@
+"""The experiments on restrained instabilities and the edge of stability, and the calibration of the monitor."""
