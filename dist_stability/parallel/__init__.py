@@ -21,7 +21,7 @@ from .modules import (
     unwrapped,
 )
 from .norm import clip_grad_norm_
-from .tensors import Wrapping, is_dtensor, is_wrapped_as, local, local_gradient, offset, wrapping
+from .tensors import Wrapping, is_dtensor, is_wrapped_as, local, local_gradient, offset, shards, wrapping
 
 __all__ = [
     "Layout",
@@ -45,6 +45,7 @@ __all__ = [
     "original_class",
     "reshard",
     "residence",
+    "shards",
     "standalone",
     "this_rank",
     "unwrapped",

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import operator
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from ._classes import AsyncTensor, DTensor
+
+_shard, _layout = operator.attrgetter("_local_tensor"), operator.attrgetter("_spec")
 
 
 def is_dtensor(tensor: object) -> bool:
@@ -84,6 +88,18 @@ def is_wrapped_as(tensor: torch.Tensor, layout: Wrapping | None) -> bool:
         and tuple(tensor.placements) == layout.placements
         and tensor.stride() == layout.stride
     )
+
+
+def shards(tensors: Sequence[torch.Tensor]) -> tuple[list[torch.Tensor], list[Any]] | None:
+    """The shards of DTensors, and how these are laid out: to be compared with ``==``. In two loops of C.
+
+    Unlike :func:`local` it waits for no collective, so the class of a shard has to be looked at. None: one of the
+    tensors is no DTensor.
+    """
+    try:
+        return list(map(_shard, tensors)), list(map(_layout, tensors))
+    except AttributeError:
+        return None
 
 
 def wrapping(tensor: torch.Tensor) -> Wrapping | None:

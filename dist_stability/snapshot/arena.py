@@ -1,7 +1,8 @@
 """Host memory for snapshots: one region per slot, of exactly the size it needs, there before the first copy.
 
 The region is anonymous shared memory from ``mmap``. It is written to once when it is made, so that no copy ever waits
-for a page, and page-locked if the state lies on a CUDA device, so that copies run beside everything else. Not the
+for a page. If the state lies on a CUDA device it is page-locked, so that copies run beside everything else, and lies in
+the part of the machine's memory that is nearest to it, where the system tells and lets us choose (numa.py). Not the
 caching host allocator of torch: it rounds every request up to a power of two and keeps what is given back.
 
 Shared and not private, because of ``fork`` (data loaders): pages of a private region would be copied, one by one, at
@@ -34,6 +35,7 @@ import torch
 
 from .. import parallel
 from ..errors import SnapshotError
+from .numa import node_of, prefer
 
 LOCK_CHUNK = 1 << 30
 """Bytes page-locked in one call: a single call for everything would hold up other users of the driver for seconds. No
@@ -59,6 +61,7 @@ class Arena:
         data: Its bytes, uint8; exactly as many as were asked for.
         nbytes: Bytes held: those of ``data``, rounded up to whole pages.
         path: The file it lies in, if any. Removing that is left to whoever named it.
+        node: The part of the machine's memory that its pages were asked from, the nearest to the device; None: any.
         pinned: Page-locked.
         why_pageable: Why page-locking failed, if it did.
     """
@@ -79,6 +82,7 @@ class Arena:
         try:
             memory = mmap.mmap(-1, held) if path is None else _new_file(path, head + held)
             whole = torch.frombuffer(memory, dtype=torch.uint8)
+            self.node = _near(whole, device)
             _make_pages(whole)
         except (OSError, ValueError, RuntimeError) as error:
             raise SnapshotError(
@@ -176,6 +180,12 @@ def _new_file(path: Path, size: int) -> mmap.mmap:
         raise
     finally:
         os.close(handle)
+
+
+def _near(data: torch.Tensor, device: torch.device | None) -> int | None:
+    """Have the pages that are about to be made near the device; where that is, if it worked."""
+    node = None if device is None else node_of(device)
+    return node if node is not None and prefer(data.data_ptr(), data.numel(), node) else None
 
 
 def _make_pages(data: torch.Tensor) -> None:

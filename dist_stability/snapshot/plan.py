@@ -5,7 +5,7 @@ state and no address: ``image`` (and ``tensors``) look everything up in the opti
 or vanishes (Adam's moments at its first step), ``is_current`` is False and all ranks together make a new plan.
 
 Each look-up is also the check: one pass over parameters and state, along the pass that made the plan. No device work,
-no collective; measured on the CPU, 1,200 plain tensors take 0.3 to 0.5 ms (docs/performance.md).
+no collective (what it takes: docs/performance.md).
 
 A rank keeps its share of every entry that other ranks hold as well (:mod:`.share`), if the plan is made so: ``pieces``
 are what it keeps. Without that, and of what nobody else holds, a piece is a whole entry.
@@ -352,10 +352,16 @@ class StatePlan:
             if any(_memory(parts[first]) != _memory(parts[second]) for first, second in self._tied):
                 return None
             parts = [parts[owner] for owner in self._owners]
+        if not retrace.outlined:  # of the same form, but with other strides, say, or in another order
+            self._devices = tuple(tensor.device for tensor in parts)
+            self._outlines = [
+                outline and Outline.of(one, of_optimizer)
+                for outline, one, of_optimizer in zip(self._outlines, self.optimizers, held, strict=True)
+            ]
         # Ranks cut what they share in the order of its memory.
         if any(parts[index].stride() != stride for index, stride in self._strides):
             return None
-        return Image(parts, held, self._devices if retrace.outlined else tuple(tensor.device for tensor in parts))
+        return Image(parts, held, self._devices)
 
     def _sums_of(self, tensors: Sequence[torch.Tensor]) -> Sums:
         """How tensors of the entries' forms on these devices are added up."""

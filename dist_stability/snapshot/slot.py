@@ -15,6 +15,7 @@ whole here, and ``gather`` brings the rest, all ranks together.
 from __future__ import annotations
 
 import contextlib
+import operator
 import time
 import warnings
 from collections.abc import Callable, Sequence
@@ -384,17 +385,11 @@ class Slot:
         for slot in self._siblings:  # another one may be taking its copy of what is about to be overwritten
             with contextlib.suppress(SnapshotError):
                 slot.order()
-        places = self.plan.places
-        forms = self._forms if source is None else source
-        overlay = Overlay(lambda part: forms[places[part]], self.plan.name)
-        for optimizer, of_optimizer in zip(self.plan.optimizers, self._held, strict=True):
-            self._check(optimizer, of_optimizer, overlay)
-        for optimizer, of_optimizer in zip(self.plan.optimizers, self._held, strict=True):
-            _lay(optimizer, of_optimizer, overlay)
+        copies = self._pairs(self._forms if source is None else source)
         if source is not None:
-            _copy_within(overlay.copies)
+            _copy_within(copies)
         else:
-            self._write(overlay.copies, on_chunk or (lambda: None))
+            self._write(copies, on_chunk or (lambda: None))
 
     @torch.no_grad()
     def gather(
@@ -561,6 +556,19 @@ class Slot:
     def _name(self, piece: int) -> str:
         return self.plan.entries[self.plan.pieces[piece].entry].name
 
+    def _pairs(self, forms: Sequence[torch.Tensor]) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """Put back what is no tensor; pairs of (live tensor, its entry's form) that are still to be copied."""
+        image = self.plan.look()
+        if image is not None and all(map(_same, self.plan.optimizers, image.held, self._held)):
+            return list(zip(image.tensors, forms, strict=True))
+        places = self.plan.places
+        overlay = Overlay(lambda part: forms[places[part]], self.plan.name)
+        for optimizer, of_optimizer in zip(self.plan.optimizers, self._held, strict=True):
+            self._check(optimizer, of_optimizer, overlay)
+        for optimizer, of_optimizer in zip(self.plan.optimizers, self._held, strict=True):
+            _lay(optimizer, of_optimizer, overlay)
+        return overlay.copies
+
     def _check(self, optimizer: Optimizer, of_optimizer: Sequence[Held], overlay: Overlay) -> None:
         """Raise SnapshotError if the live state cannot take this copy. Changes nothing."""
         live = {id(handle) for group in optimizer.param_groups for handle in group["params"]}
@@ -608,15 +616,18 @@ class Slot:
     def _write(self, copies: Sequence[tuple[torch.Tensor, torch.Tensor]], on_chunk: Callable[[], object]) -> None:
         """Write views of this slot into live tensors: pairs of (live tensor, view or form)."""
         self._awaited = {}
-        entry_at = {id(form): index for index, form in enumerate(self._forms) if form.is_meta}
-        for live, form in copies:
-            if form.is_meta:
-                self._awaited.setdefault(entry_at[id(form)], []).append(live)
-        copies = [(live, view) for live, view in copies if not view.is_meta]
-        entry_of = {id(view): index for index, view in enumerate(self._views)}
+        if self.plan.shared:
+            entry_at = {id(form): index for index, form in enumerate(self._forms) if form.is_meta}
+            for live, form in copies:
+                if form.is_meta:
+                    self._awaited.setdefault(entry_at[id(form)], []).append(live)
+            copies = [(live, view) for live, view in copies if not view.is_meta]
         on_host = [(live, view) for live, view in copies if live.device.type == "cpu"]
         targets = [live for live, _ in on_host]
         copy_on_host(targets, [view for _, view in on_host], list(chunks(targets)), lambda _: on_chunk())
+        if not self._buckets:
+            return
+        entry_of = {id(view): index for index, view in enumerate(self._views)}
         rest: dict[int, list[torch.Tensor]] = {}
         for live, view in copies:
             if live.device.type != "cpu":
@@ -625,6 +636,12 @@ class Slot:
             here = {i: tensors for i, tensors in rest.items() if self._layout.devices[i] == device}
             lane = self._copier.lane(device)
             self._transfers.append(lane.load(self._layout, self._data, buckets, self._views, here, on_chunk))
+
+
+def _same(optimizer: Optimizer, now: Sequence[Held], kept: Sequence[Held]) -> bool:
+    """Whether nothing but contents of tensors can differ. An empty state that was not there is a difference, too."""
+    states = len(parallel.optimizer_state(optimizer))
+    return all(map(operator.is_, now, kept)) and states == sum(not held.empty for held in kept)
 
 
 def _lay(optimizer: Optimizer, of_optimizer: Sequence[Held], overlay: Overlay) -> None:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import ctypes
 import itertools
 import mmap
 import os
+import platform
 import warnings
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,7 +19,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from dist_stability import SnapshotError
-from dist_stability.snapshot import Arena, SlotRing, StatePlan, arena
+from dist_stability.snapshot import Arena, SlotRing, StatePlan, arena, numa
 from dist_stability.snapshot.arena import LOCK_CHUNK, check_budget, limits
 from dist_stability.snapshot.layout import ALIGNMENT, CHUNK, SMALL, Layout, alignment, cuts
 
@@ -260,6 +263,7 @@ def runtime(monkeypatch: pytest.MonkeyPatch) -> Runtime:
     monkeypatch.setattr(torch.cuda, "cudart", lambda: found)
     monkeypatch.setattr(torch.cuda, "device", lambda device: warnings.catch_warnings())
     monkeypatch.setattr(arena, "_take_blame", lambda device: None)
+    monkeypatch.setattr(arena, "node_of", lambda device: None)
     monkeypatch.setattr(arena, "LOCK_CHUNK", MIB)
     monkeypatch.setattr(arena, "_said_pageable", False)
     return found
@@ -293,6 +297,52 @@ def test_a_forked_child_does_not_touch_the_runtime(runtime: Runtime) -> None:
     region = Arena(MIB, CUDA)
     arena._unlock(os.getpid() + 1, [1234])
     region.close()
+
+
+# ---------------------------------------------------------------------- the nearest part of the memory
+
+
+@pytest.mark.parametrize(("said", "node"), [("1\n", 1), ("0\n", 0), ("-1\n", None), ("", None), (None, None)], ids=repr)
+def test_where_a_device_is(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, said: str | None, node: int | None) -> None:
+    properties = SimpleNamespace(pci_domain_id=0, pci_bus_id=0xC1, pci_device_id=0x1F)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    if said is not None:
+        machine(tmp_path, {"sys/bus/pci/devices/0000:c1:1f.0/numa_node": said})
+    assert numa.node_of(CUDA, tmp_path) == node
+    del properties.pci_bus_id  # as in an older torch
+    assert numa.node_of(CUDA, tmp_path) is None
+
+
+def policy(address: int) -> tuple[int, int]:
+    """How the system chooses the node of a page: the mode, and the nodes as a mask."""
+    number = {"x86_64": 239, "aarch64": 236}.get(platform.machine(), -1)
+    mode, mask = ctypes.c_int(-1), ctypes.c_ulong()
+    where = (ctypes.c_void_p(address), ctypes.c_ulong(2))  # MPOL_F_ADDR
+    libc = ctypes.CDLL(None)
+    if libc.syscall(ctypes.c_long(number), ctypes.byref(mode), ctypes.byref(mask), ctypes.c_ulong(64), *where):
+        pytest.skip("this system has no memory policies")
+    return mode.value, mask.value
+
+
+def test_pages_are_asked_from_the_nearest_node(runtime: Runtime, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before they are made: where they lie afterwards is not changed any more."""
+    region = Arena(MIB, CUDA)
+    assert region.node is None and policy(region.data.data_ptr()) == (0, 0)
+    monkeypatch.setattr(arena, "node_of", lambda device: 0)
+    seen: list[tuple[int, int]] = []
+    make = arena._make_pages
+    monkeypatch.setattr(arena, "_make_pages", lambda data: (seen.append(policy(data.data_ptr())), make(data)))
+    region = Arena(MIB, CUDA)
+    last = region.data.data_ptr() + MIB - 1
+    assert region.node == 0 and seen == [(1, 1)] == [policy(last)], "preferred, node 0"
+    assert Arena(MIB).node is None, "memory for no device may lie anywhere"
+
+
+@pytest.mark.parametrize("node", [63, 64, 1000])
+def test_a_node_that_is_not_there_changes_nothing(runtime: Runtime, monkeypatch: pytest.MonkeyPatch, node: int) -> None:
+    monkeypatch.setattr(arena, "node_of", lambda device: node)
+    region = Arena(MIB, CUDA)
+    assert region.node is None and region.pinned and policy(region.data.data_ptr()) == (0, 0)
 
 
 @pytest.mark.gpu

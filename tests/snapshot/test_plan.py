@@ -455,6 +455,9 @@ CHANGES: dict[str, tuple[Any, bool]] = {  # what is done to (optimizer), and whe
     "data of another shape": (lambda o: setattr(parameter(o), "data", torch.ones(3, 4)), False),
     "data of another dtype": (lambda o: setattr(parameter(o), "data", torch.ones(4, 3).double()), False),
     "other data": (lambda o: setattr(parameter(o), "data", torch.ones(4, 3)), True),
+    "data with other strides": (lambda o: setattr(parameter(o), "data", torch.ones(3, 4).t()), True),
+    "a frozen parameter": (lambda o: parameter(o).requires_grad_(False), True),
+    "the same tensor twice": (lambda o: put(o, exp_avg=first_state(o)["exp_avg_sq"]), True),
     "state resized in place": (lambda o: first_state(o)["exp_avg"].resize_(3, 4), False),
     "state of no elements": (lambda o: first_state(o)["exp_avg"].resize_(0), False),
     "another dtype": (lambda o: put(o, exp_avg=torch.ones(4, 3).half()), False),
@@ -504,6 +507,59 @@ def test_the_flat_look_sees_what_a_walk_sees(change: str) -> None:
         assert all(one is other for one, other in zip(flat.tensors, walked.tensors, strict=True))
         assert flat.held == walked.held and flat.devices == walked.devices
         assert flat.devices == tuple(tensor.device for tensor in flat.tensors)
+
+
+@pytest.mark.parametrize(
+    "change", ["data with other strides", "a frozen parameter", "on another device", "states in another order"]
+)
+def test_after_a_change_that_is_none_of_form_the_look_is_flat_again(change: str) -> None:
+    model, optimizer = trained()
+    plan = plan_of(model, optimizer)
+    CHANGES[change][0](optimizer)
+    assert not outlined(plan)
+    first = plan.image()
+    assert outlined(plan)
+    second = plan.image()
+    assert all(one is other for one, other in zip(first.tensors, second.tensors, strict=True))
+    assert first.devices == second.devices == tuple(tensor.device for tensor in second.tensors)
+
+
+def flat_shards(rank: int, world: int) -> list[bool]:
+    """State of FSDP2 is looked at flat, and every change of a DTensor is seen that a walk sees."""
+    from torch.distributed.fsdp import fully_shard
+
+    model = fully_shard(nn.Linear(4, 4))
+    optimizer = torch.optim.AdamW(model.parameters())
+    step(nn.Sequential(nn.Linear(3, 4), model), optimizer)
+    plan = plan_of(model, optimizer, world=world)
+    state = optimizer.state[model.weight]
+    kept, local = state["exp_avg"], state["exp_avg"].to_local()
+    mesh = kept.device_mesh
+    image = plan.image()
+    walked = walk_optimizers([optimizer])[0].parts
+    found = [
+        outlined(plan),
+        [t.data_ptr() for t in image.tensors] == [t.data_ptr() for t in walked],
+        not any(isinstance(tensor, DTensor) for tensor in image.tensors),
+    ]
+    others = {
+        "an equal one": (DTensor.from_local(local.clone(), mesh, kept.placements), True),
+        "its shard": (local, False),
+        "replicated": (DTensor.from_local(torch.ones(4, 4), mesh, [Replicate()]), False),
+        "a wider shard": (DTensor.from_local(local.double(), mesh, kept.placements), False),
+    }
+    for other, current in others.values():
+        state["exp_avg"] = other
+        found += [outlined(plan) is current, plan.is_current() is current]
+    state["exp_avg"] = kept
+    kept._local_tensor = torch.ones(3, 4)  # as nobody should
+    found += [not outlined(plan), not plan.is_current()]
+    kept._local_tensor = local
+    return [*found, plan.is_current(), outlined(plan)]
+
+
+def test_shards_are_looked_at_flat(two: Any) -> None:
+    assert two.run(flat_shards) == [[True] * 15] * 2
 
 
 def two_alike() -> tuple[torch.optim.Optimizer, nn.Parameter, nn.Parameter, StatePlan]:

@@ -102,6 +102,9 @@ def test_state_that_appeared_is_deleted() -> None:
     run.optimizer.state[run.model[0].bias].clear()
     slot.restore()
     assert all(set(state) == {"step", "exp_avg", "exp_avg_sq"} for state in run.optimizer.state.values())
+    run.optimizer.state["global"] = {}  # type: ignore[index]
+    slot.restore()
+    assert "global" not in run.optimizer.state, "an empty state is none, but was not there"
 
 
 @pytest.mark.parametrize("name", ["momentum", "adam-loop", "adam-foreach", "adam-fused"])

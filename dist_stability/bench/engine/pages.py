@@ -116,7 +116,8 @@ def _step(summary: Mapping[str, Any]) -> list[Section]:
         note = (
             f"Ranks: {found['ranks']}; transformer: {work}. Collectives and host syncs per step are counted; "
             f"host syncs are those beyond the plain loop's. Parts: host time of a judged step. What clone + deepcopy "
-            f"adds to the plain step is {'(unknown)' if over is None else f'{over:.2g}'} times what guarded adds."
+            f"adds to the plain step is {'(unknown)' if over is None else f'{over:.2g}'} times what guarded adds; its "
+            f"copies hold the training thread {found['reference_copy_over_guarded']:.2g} times as long."
         )
         sections.append(Section(f"Steps, {mode}", note, columns, rows))
         auto = found["auto"]

@@ -36,7 +36,9 @@ def step(here: Processes, mode: str, quick: bool) -> dict[str, Any]:
         By loop: ``ms`` and ``cpu_ms`` (processor time of this rank) per step, ``over_plain`` and ``cpu_over_plain``
         (over those of plain, in pairs), ``overhead_ratio`` (added share of the time),
         ``seconds`` by part of a judged step, ``collectives_per_step`` (all), ``own_collectives_per_step``,
-        ``own_bytes``, ``host_syncs_per_step`` (beyond plain); the loop ``auto``; and ``reference_over_guarded``.
+        ``own_bytes``, ``host_syncs_per_step`` (beyond plain); the loop ``auto``; ``reference_over_guarded`` (what the
+        reference adds to a plain step, over what guarded adds, probes included) and ``reference_copy_over_guarded``
+        (for how long its copies hold the training thread, over ours).
     """
     work = work_for(here.device.type, quick)
     rounds = QUICK_ROUNDS if quick else ROUNDS
@@ -60,6 +62,7 @@ def step(here: Processes, mode: str, quick: bool) -> dict[str, Any]:
         "work": vars(work),
         "loops": found,
         "reference_over_guarded": _added(found, here.device.type),
+        "reference_copy_over_guarded": _held(found),
         "auto": _auto(work, here, mode, QUICK_AUTO_STEPS if quick else AUTO_STEPS),
     }
 
@@ -76,6 +79,7 @@ def headline(modes: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
         "collectives_per_step": of[best]["own_collectives_per_step"],
         "measured_loop": best,
         "reference_over_guarded": last["reference_over_guarded"],
+        "reference_copy_over_guarded": last["reference_copy_over_guarded"],
         "loops": {name: each for name, each in of.items() if name != "clone + deepcopy"},
         "rivals": {"clone + deepcopy": of["clone + deepcopy"]},
     }
@@ -112,6 +116,11 @@ def _added(loops: Mapping[str, Any], device: str) -> float | None:
     metric = "over_plain" if device == "cuda" else "cpu_over_plain"
     theirs, ours = (loops[name][metric]["median"] - 1 for name in ("clone + deepcopy", "guarded"))
     return theirs / ours if ours > 0 else None
+
+
+def _held(loops: Mapping[str, Any]) -> float:
+    theirs, ours = (float(loops[name]["seconds"]["copy"]) for name in ("clone + deepcopy", "guarded"))
+    return theirs / ours
 
 
 def _count(loop: Loop) -> dict[str, Any]:
