@@ -38,6 +38,7 @@ os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
 
 import torch
 import torch.distributed as dist
+from torch.distributed.distributed_c10d import _set_pg_timeout
 from torch.distributed.tensor.debug import _clear_sharding_prop_cache
 from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
@@ -50,6 +51,8 @@ _PRELOAD = [
     "torch.nn.parallel",
     "pytest",
 ]
+
+_MEETING = datetime.timedelta(seconds=60)
 
 
 @dataclass(frozen=True)
@@ -119,7 +122,7 @@ class Pool:
             grace: Seconds the other ranks get after the first one failed (none if they are stopped by a signal).
             expect_failure: Return :class:`RankError` objects among the results instead of raising.
             group: Initialise a default gloo process group (False for code that must run without one).
-            group_timeout: Timeout of that group in seconds.
+            group_timeout: Timeout of that group in seconds, once its ranks have met.
 
         Raises:
             RanksFailed: A rank failed, and ``expect_failure`` is False.
@@ -284,7 +287,11 @@ def _serve(rank: int, world: int, request: bytes) -> Any:
     if port is not None:
         store = dist.TCPStore("127.0.0.1", port, is_master=False)
         timeout = datetime.timedelta(seconds=group_timeout)
-        dist.init_process_group("gloo", store=store, rank=rank, world_size=world, timeout=timeout)
+        # Ranks that find each other late, on a machine that does much else, are not what a short timeout is to show.
+        dist.init_process_group("gloo", store=store, rank=rank, world_size=world, timeout=max(timeout, _MEETING))
+        dist.barrier()
+        store.set_timeout(timeout)
+        _set_pg_timeout(timeout)
     return fn(rank, world, *args)
 
 

@@ -8,8 +8,9 @@ from typing import Any
 
 from dist_stability import watch
 
-PHASES = watch.PHASES[1:]
-"""The phases of a guarded step, in order ("training" lies between steps); see the controller's phase listeners."""
+PHASES = watch.PHASES[watch.PHASES.index("gradients") :]
+"""The phases of a guarded step, in order; see the controller's phase listeners. What lies before and between steps,
+"preflight" and "training", is not the controller's to break."""
 
 LOSS_PHASES = ("loss before forward", "loss in forward", "loss after forward")
 """Places inside the probe's loss function; reached through :meth:`FaultInjector.wrap_loss` only."""

@@ -727,11 +727,12 @@ def test_too_little_room_is_found_out_before_anything_is_made(tmp_path: Path, mo
 
 
 @pytest.fixture
-def tiny(tmp_path: Path) -> Iterator[Path]:
-    """A folder in memory with room for 32 KiB."""
+def tiny(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Path]:
+    """A folder in memory with room for 32 KiB, or what the test asks for."""
     folder = tmp_path / "tiny"
     folder.mkdir()
-    made = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=32k", "none", str(folder)], capture_output=True)
+    size = f"size={getattr(request, 'param', 32)}k"
+    made = subprocess.run(["mount", "-t", "tmpfs", "-o", size, "none", str(folder)], capture_output=True)
     if made.returncode:
         pytest.skip("mounting needs root")
     yield folder
@@ -743,6 +744,29 @@ def test_room_for_the_parameters_but_not_for_what_the_optimizer_adds(tiny: Path)
     run = Run(tiny, width=200)
     with pytest.raises(SnapshotError, match=r"rank 0: persist=SharedMemory\(folder='.*tiny'\): snapshots need .* MiB"):
         run.steps(0, 1)
+    run.controller.close()
+    assert ours(tiny) == []
+
+
+def room(folder: Path) -> int:
+    found = os.statvfs(folder)
+    return found.f_bavail * found.f_frsize
+
+
+@pytest.mark.parametrize("tiny", [1300], indirect=True)
+def test_what_a_death_leaves_does_not_take_the_room_of_the_restart(tiny: Path) -> None:
+    """All slots and one copy of the parameters fit in, not the slots of two processes."""
+    run = Run(tiny, width=5000).steps(0, 9)
+    ring, parameters = run.controller._recovery.ring, 4 * sum(p.numel() for p in run.model.parameters())
+    state, whole = run.state(), sum(slot.nbytes for slot in ring._slots)
+    run.end()
+    assert parameters < room(tiny) < ring.size * parameters < whole
+    run, found = resumed(tiny, width=5000)
+    assert found.attempt == 8 and equal(run.steps(8, 9).state(), state)
+    run.steps(9, 14).end()
+    run = Run(tiny, width=5000)
+    with pytest.raises(SnapshotError, match=r"beside 1 MiB of an earlier process\. Make it larger"):
+        run.steps(0, 1)  # without resume(): both are kept
     run.controller.close()
     assert ours(tiny) == []
 

@@ -259,12 +259,12 @@ def test_settings_and_memory_of_a_monitor_go_through_json() -> None:
     monitor = Monitor([UpdateRms(every_tensor=True), UpdateRatio()])
     names = [name for name, _ in json.loads(json.dumps(monitor.settings()))]
     assert names == ["learning_rate", "training_loss", "loss_scale", "effective_step", "update_rms", "update_ratio"]
-    assert ["update_rms", {"every_tensor": True}] in monitor.settings()
+    assert ["update_rms", {"every_tensor": True, "every": 1}] in monitor.settings()
     model, optimizer = trained()
     for loss in (1.0, 2.0, 3.0):
         monitor.before_step(step_context(model, optimizer, loss=loss))
         monitor.read(monitor.collect().tolist())
-    fresh = Monitor()
+    fresh = Monitor([UpdateRms(every_tensor=True), UpdateRatio()])
     fresh.load_state_dict(json.loads(json.dumps(monitor.state_dict())))
     assert fresh.state_dict() == monitor.state_dict() and monitor.state_dict()["training_loss"]["recent"] == [1, 2, 3]
     Monitor().load_state_dict({"gone": {"x": 1}})

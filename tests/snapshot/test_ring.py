@@ -115,6 +115,19 @@ def test_one_anchor_stays_one() -> None:
     assert [anchor.attempt for anchor in world.ring.anchors] == [8]
 
 
+def test_an_adopted_slot_is_all_there_is() -> None:
+    world = World()
+    for attempt in range(1, 17):
+        world.commit(attempt, as_anchor=attempt % 8 == 0)
+    world.ring.pin()
+    slot = world.ring.begin()
+    slot.fill(world.plan, 20)
+    slot.publish()
+    world.ring.adopt(slot)
+    assert world.ring.safe is slot and world.ring.anchors == [] and world.ring.pinned is None
+    assert [one for one in world.ring._slots if one.state is not SlotState.FREE] == [slot]
+
+
 def test_where_to_look_when_a_slot_is_damaged() -> None:
     world = World()
     for attempt in (8, 16, 17):

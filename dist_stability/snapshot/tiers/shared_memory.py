@@ -42,6 +42,7 @@ _PREFIX = "dist_stability"
 _SEALS = ("a", "b")
 _HELD = "h"
 _PARTIAL = "partial"
+_BLOCK = 512  # bytes of what st_blocks counts
 _numbers = itertools.count()
 
 
@@ -232,14 +233,20 @@ class Shelf(Memory):
     # ------------------------------------------------------------------ memory of the slots
 
     def check(self, need: int, slots: int) -> None:
-        """See Memory; the folder's room counts as well."""
+        """See Memory; the folder's room counts as well.
+
+        What earlier processes left is room for all slots but the next: by then it has been taken over or removed.
+        """
+        left = self._left_behind()
+        need = max(need - left, need // slots)
         super().check(need, slots)
         found = os.statvfs(self.folder)
         free = found.f_bavail * found.f_frsize
         if need > free:
             raise SnapshotError(
                 f"rank {self._rank}: persist=SharedMemory(folder='{self.folder}'): snapshots need {need / 2**20:.0f} "
-                f"MiB there ({slots} slots), and {free / 2**20:.0f} MiB are free. Make it larger (mount -o "
+                f"MiB there ({slots} slots), and {free / 2**20:.0f} MiB are free"
+                f"{f', beside {left / 2**20:.0f} MiB of an earlier process' if left else ''}. Make it larger (mount -o "
                 "remount,size=...; docker run --shm-size=...), keep fewer anchors, or name another folder"
             )
 
@@ -425,12 +432,20 @@ class Shelf(Memory):
 
     def forget_earlier(self, but: Path | None = None) -> int:
         """Remove what earlier processes of this job and rank left, except for one slot; how many slots that were."""
-        gone = {file.slot for file in self._earlier()} - {but}
-        if self.keeps_held:
-            gone -= {file.slot for file in self._earlier() if file.seal.startswith(_HELD)}
+        gone = self._superseded() - {but}
         for path in gone:
             self.remove(path)
         return len(gone)
+
+    def _superseded(self) -> set[Path]:
+        """Slots of earlier processes of this job and rank that are of no use once this one has a state of its own."""
+        earlier = list(self._earlier())
+        stay = {file.slot for file in earlier if self.keeps_held and file.seal.startswith(_HELD)}
+        return {file.slot for file in earlier} - stay
+
+    def _left_behind(self) -> int:
+        """Bytes of those slots."""
+        return sum(path.stat().st_blocks * _BLOCK for path in self._superseded() if path.exists())
 
     def supersede(self) -> None:
         """What earlier processes left is not needed any more, the moments of which there are copies included."""
