@@ -7,7 +7,8 @@ poisoned can be refused itself, and where a gradient spikes the state from befor
 ========== ======================================================================================================
 stable     nothing
 edge       nothing, ever
-overdriven the ladder's cut of the learning rate, by the monitor's factor and within the ladder's budget
+overdriven with ``EdgeSettings(cuts=True)`` the ladder's cut of the learning rate, by the monitor's factor and within
+           the ladder's budget
 runaway    nothing more: the probe has refused the step, and the ladder knows of it
 poisoned   the step is refused and the state from before the spike is restored, whole, within the ladder's budget
 ========== ======================================================================================================

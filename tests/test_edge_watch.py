@@ -24,7 +24,7 @@ from dist_stability.testing import FaultInjector, Outcome, assert_golden_twin, c
 from dist_stability.verdict import Judgement
 
 OFTEN = EdgeSettings(margin_every=2, remeasure_every=1)
-ALWAYS_OVER = replace(OFTEN, edge_margin=1e-9, overdriven_margin=2e-9, runaway_margin=1e9, repeat=10)
+ALWAYS_OVER = replace(OFTEN, edge_margin=1e-9, overdriven_margin=2e-9, runaway_margin=1e9, repeat=10, cuts=True)
 
 
 def monitor_of(case: Case, setup: Setup, settings: EdgeSettings | None = OFTEN) -> EdgeOfStabilityMonitor:
@@ -153,6 +153,14 @@ def test_the_margin_is_that_of_the_steps_taken() -> None:
     _, events = watched(case, 0, 1, settings, rule=FixedInnovation(epsilon=1e9), trend=None)
     margins = {event["learning_rate_factor"]: event["edge"]["margin"] for event in events if event["edge"]["margin"]}
     assert set(margins) == {1.0, 0.5} and margins[0.5] == pytest.approx(0.5 * margins[1.0], rel=0.2)
+
+
+def test_past_the_edge_is_reported_only_unless_told_otherwise() -> None:
+    settings = replace(ALWAYS_OVER, cuts=False)
+    _, events = watched(Case(steps=24), 0, 1, settings, rule=FixedInnovation(epsilon=1e9), trend=None)
+    assert {one["state"] for one in told(events)[10:]} == {EdgeState.OVERDRIVEN}
+    assert not any(one["acted"] or one["rung"] for one in told(events))
+    assert {event["learning_rate_factor"] for event in events} == {1.0}
 
 
 def test_at_the_edge_nothing_is_done_ever() -> None:

@@ -61,6 +61,8 @@ class EdgeSettings:
             at every step.
         margin_lasts: Steps after which a margin is no evidence any more.
         repeat: Steps after which a state that lasts is acted on again.
+        cuts: Past the edge, ask for a lower learning rate. Otherwise that is reported only: nothing shows that of
+            small-batch AdamW runs those past these thresholds are the ones that fail (docs/restrained.md).
     """
 
     edge_margin: float = 0.8
@@ -83,15 +85,20 @@ class EdgeSettings:
     remeasure_every: int = 10
     margin_lasts: int = 200
     repeat: int = 100
+    cuts: bool = False
 
     def __post_init__(self) -> None:
         """Refuse what cannot be meant.
 
         Raises:
-            ValueError: A setting is not positive, or thresholds are not in ascending order.
+            ValueError: A setting is not positive, a switch no switch, or thresholds are not in ascending order.
         """
         for each in fields(self):
             value = getattr(self, each.name)
+            if each.type == "bool":
+                if not isinstance(value, bool):
+                    raise ValueError(f"EdgeSettings {each.name}: expected True or False, got {value!r}")
+                continue
             if isinstance(value, bool) or not isinstance(value, int | float) or not value > 0:
                 raise ValueError(f"EdgeSettings {each.name}: expected a positive number, got {value!r}")
             if each.type == "int" and not isinstance(value, int):
@@ -384,4 +391,6 @@ class EdgeOfStability:
             return None, None
         if self.state is EdgeState.POISONED:
             return Rung.DEEP_ROLLBACK, None
+        if not self.settings.cuts:
+            return None, None
         return Rung.CUT_LR, max(0.5, 1.0 / self._margin) if self._margin and self._margin > 1.0 else 0.5

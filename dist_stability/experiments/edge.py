@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from dist_stability.diagnostics.edge import EdgeSettings
 from dist_stability.diagnostics.monitor import EdgeOfStabilityMonitor
 from dist_stability.experiments.data import Batch
 
@@ -24,6 +25,7 @@ def edge_monitor(
     *,
     dtype: torch.dtype,
     reuse_loss: bool,
+    cuts: bool = False,
 ) -> EdgeOfStabilityMonitor:
     """The usual monitor.
 
@@ -35,6 +37,7 @@ def edge_monitor(
         current: The micro-batches of the present step.
         dtype: In which the model computes; 16 bits take a longer finite difference.
         reuse_loss: The loss that the loop reports is that of the whole batch, and draws no random numbers.
+        cuts: Past the edge the learning rate is cut.
     """
 
     def mean_loss(model: nn.Module, batches: Sequence[Batch]) -> Tensor:
@@ -47,6 +50,7 @@ def edge_monitor(
         mean_loss,
         [[batch]],
         current,
+        settings=EdgeSettings(cuts=cuts),
         reuse_loss=reuse_loss,
         relative_step=None if dtype == torch.float32 else 1e-3,
     )

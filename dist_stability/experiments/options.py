@@ -62,6 +62,7 @@ class Options:
     shaping: bool
     update_signals: bool
     edge: bool
+    edge_cuts: bool
     observe: bool
     probe_on: str
     probe_size: int
@@ -206,6 +207,7 @@ def _problems(v: argparse.Namespace, world: int, launched: bool) -> list[str]:
     refuse(v.shaping and v.compile, "--shaping: does not go with --compile; its hooks come and go")
     refuse(v.shaping and v.task not in TEXT_TASKS, f"--shaping: the blocks of --task {v.task} change their width")
     refuse(v.decision == "deferred" and v.rule == "off", "--decision deferred: needs a rule that decides")
+    refuse(v.edge_cuts and not v.edge, "--edge-cuts: needs --edge, whose monitor says when")
     refuse(v.edge and v.rule == "off", "--edge: the controller asks the monitor; needs a rule, not --rule off")
     refuse(v.edge and v.decision == "deferred", "--edge: measures what is decided on; not with --decision deferred")
     refuse(v.edge and v.parallel == "fsdp1", "--edge: not with --parallel fsdp1; use fsdp2")
@@ -360,9 +362,9 @@ def _parser() -> argparse.ArgumentParser:
     guard.add_argument(
         "--edge",
         action="store_true",
-        help="watch how far the run is from the edge of stability; cut the learning rate past it, and go back behind "
-        "what poisons the optimizer",
+        help="watch how far the run is from the edge of stability, and go back behind what poisons the optimizer",
     )
+    guard.add_argument("--edge-cuts", action="store_true", help="with --edge: cut the learning rate past the edge")
     guard.add_argument("--observe", action="store_true", help="log what would be refused, refuse nothing")
     guard.add_argument("--probe-on", choices=("rank0", "mean"), default="rank0", help="whose probe loss counts")
     guard.add_argument("--probe-size", type=at_least_one, default=64, help="held-out examples in the probe")

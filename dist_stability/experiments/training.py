@@ -311,6 +311,7 @@ def _edge(job: Job, task: Task) -> EdgeOfStabilityMonitor:
         lambda: job.present,
         dtype=_dtype(options),
         reuse_loss=options.accumulate == 1 and options.dropout == 0.0,
+        cuts=options.edge_cuts,
     )
 
 

@@ -54,13 +54,16 @@ def test_the_edge_is_never_acted_on() -> None:
 
 
 def test_past_the_edge_the_learning_rate_is_cut_and_again_after_a_while() -> None:
-    machine = EdgeOfStability()
+    settings = EdgeSettings(cuts=True)
+    machine = EdgeOfStability(settings)
     found = feed(machine, 0, 150, margin=1.6)
     acted = [(i, each.rung, each.factor) for i, each in enumerate(found) if each.rung is not None]
     assert acted == [(2, Rung.CUT_LR, 1 / 1.6), (102, Rung.CUT_LR, 1 / 1.6)]
     assert machine.products_due(150) == 1 - 1 and machine.products_due(200) == 1
     assert feed(machine, 150, 3, margin=50.0)[-1].factor is None  # acted a moment ago
-    assert feed(EdgeOfStability(), 0, 3, margin=50.0)[-1].factor == 0.5
+    assert feed(EdgeOfStability(settings), 0, 3, margin=50.0)[-1].factor == 0.5
+    reported = feed(EdgeOfStability(), 0, 150, margin=1.6)
+    assert states(reported) == states(found) and not any(each.rung for each in reported)
 
 
 def test_a_rising_loss_makes_a_middling_ratio_an_alarm() -> None:
@@ -172,3 +175,5 @@ def test_bad_settings_are_named() -> None:
         EdgeSettings(edge_margin=1.5)
     with pytest.raises(ValueError, match="collapse"):
         EdgeSettings(collapse=1.0)
+    with pytest.raises(ValueError, match="cuts: expected True or False, got 1"):
+        EdgeSettings(cuts=1)  # type: ignore[arg-type]

@@ -202,6 +202,13 @@ def test_what_the_edge_does_not_go_with(wrong: str, capsys: pytest.CaptureFixtur
     assert "--edge: " in capsys.readouterr().err
 
 
+def test_cuts_need_the_monitor(capsys: pytest.CaptureFixture[str]) -> None:
+    assert parse_options([*SMALL, "--edge", "--edge-cuts", "--out", "unused"], 2).edge_cuts
+    with pytest.raises(SystemExit):
+        parse_options([*SMALL, "--edge-cuts", "--out", "unused"], 2)
+    assert "--edge-cuts: needs --edge" in capsys.readouterr().err
+
+
 def test_every_second_step_is_judged(tmp_path: Path) -> None:
     for rule in ("predictive", "off"):
         run(tmp_path / rule, "--every", "2", "--rule", rule)
