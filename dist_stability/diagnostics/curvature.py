@@ -126,11 +126,9 @@ class Curvature:
         """Put the parameters at a point. No collective."""
         parallel.reshard(self.model)  # FSDP may still hold gathered copies of the weights before
         live = self.space.live()
-        for target, source in zip(live, centre, strict=True):
-            target.copy_(source)
+        torch._foreach_copy_(live, centre)
         if direction is not None:
-            for target, part in zip(live, direction, strict=True):
-                target.add_(part, alpha=length)
+            torch._foreach_add_(live, direction, alpha=length)
         torch.clear_autocast_cache()
 
 
@@ -176,8 +174,8 @@ class Products:
         ahead = self._gradient(direction, step)
         behind = self._gradient(direction, -step)
         with torch.no_grad():
-            for front, back in zip(ahead, behind, strict=True):
-                front.sub_(back).div_(2.0 * step)
+            torch._foreach_sub_(ahead, behind)
+            torch._foreach_div_(ahead, 2.0 * step)
         return ahead
 
     def _gradient(self, direction: Vector | None, length: float) -> Vector:

@@ -61,12 +61,10 @@ class Scaling:
         Raises:
             StabilityError: An optimizer that is not known (see :meth:`UpdateRule.of`), or Adam before its first step.
         """
-        rules = {
-            id(handle): UpdateRule.of(optimizer, group)
-            for optimizer in space.optimizers
-            for group in optimizer.param_groups
-            for handle in group["params"]
-        }
+        rules: dict[int, UpdateRule] = {}
+        for optimizer in space.optimizers:
+            for group in optimizer.param_groups:
+                rules.update(dict.fromkeys(map(id, group["params"]), UpdateRule.of(optimizer, group)))
         moments = _all_moments(space)
         for number, optimizer in enumerate(space.optimizers):
             adaptive = [h for group in optimizer.param_groups for h in group["params"] if rules[id(h)].adaptive]
@@ -110,9 +108,12 @@ class Scaling:
         curved = products.hessian(self.direction(vector), relative_step)
         for part, root, rule, other in zip(curved, self.roots, self.rules, vector, strict=True):
             part.mul_(root)
-            if rule is not None:
+            if rule is None:
+                continue
+            if rule.coupled:
                 part.add_(other * root * root, alpha=rule.coupled)
-                part.add_(other, alpha=rule.gain * _shrinking(rule, root))
+            if shrinking := _shrinking(rule, root):
+                part.add_(other, alpha=rule.gain * shrinking)
         return curved
 
     def upper_excess(self, space: ShardSpace, vector: Vector) -> float:
@@ -123,10 +124,10 @@ class Scaling:
         Collectives: one all-reduce.
         """
         # Summed here and then over ranks: a rank may have no state, and so no root, where its shard is empty.
-        terms: list[Tensor | float] = [
-            0.0 if rule is None else (part * part).sum(dtype=torch.float64) * (1.0 - rule.gain) * _shrinking(rule, root)
-            for part, rule, root in zip(vector, self.rules, self.roots, strict=True)
-        ]
+        terms: list[Tensor | float] = []
+        for part, rule, root in zip(vector, self.rules, self.roots, strict=True):
+            excess = 0.0 if rule is None else (1.0 - rule.gain) * _shrinking(rule, root)
+            terms.append((part * part).sum(dtype=torch.float64) * excess if excess else 0.0)
         return space.sum_over_elements([terms])[0]
 
     def gain(self, space: ShardSpace, vector: Vector) -> float:

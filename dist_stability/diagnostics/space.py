@@ -57,6 +57,7 @@ class ShardSpace:
         self._owners = [residence.ranks[0] for _, _, residence in plan.parameters]
         places = [parallel.local(handle).device for handle in self.handles]
         self.device = next((place for place in places if place.type != "cpu"), torch.device("cpu"))
+        self._shares = torch.tensor(self.weights, dtype=torch.float64, device=self.device)
 
     def live(self) -> Vector:
         """The parameters themselves: writing into these tensors writes into the model. Sharded state is a must."""
@@ -116,21 +117,15 @@ class ShardSpace:
         """
         sums = []
         for first, second in pairs:
-            terms = [
-                (a * b).sum(dtype=torch.float64).to(self.device) * weight
-                for a, b, weight in zip(first, second, self.weights, strict=True)
-            ]
-            sums.append(torch.stack(terms).sum())
+            terms = [(a * b).sum(dtype=torch.float64) for a, b in zip(first, second, strict=True)]
+            sums.append(self._weighed(terms).sum())
         return total(torch.stack(sums)) if sums else []
 
     @torch.no_grad()
     def squares(self, vector: Vector) -> dict[str, float]:
         """The squared norm of each parameter's part, by name. Collectives: one all-reduce. Waits for the device."""
-        terms = [
-            (part * part).sum(dtype=torch.float64).to(self.device) * weight
-            for part, weight in zip(vector, self.weights, strict=True)
-        ]
-        return dict(zip(self.names, total(torch.stack(terms)), strict=True))
+        terms = [(part * part).sum(dtype=torch.float64) for part in vector]
+        return dict(zip(self.names, total(self._weighed(terms)), strict=True))
 
     def length(self, vector: Vector) -> float:
         """2-norm. Collectives: one all-reduce. Waits for the device."""
@@ -141,11 +136,14 @@ class ShardSpace:
 
         Collectives: one all-reduce. Waits for the device.
         """
-        rows = [
-            torch.stack([torch.as_tensor(term, dtype=torch.float64).to(self.device) * w for term, w in pairs]).sum()
-            for pairs in (zip(row, self.weights, strict=True) for row in terms)
-        ]
-        return total(torch.stack(rows))
+        return total(torch.stack([self._weighed(row).sum() for row in terms]))
+
+    def _weighed(self, terms: Sequence[Tensor | float]) -> Tensor:
+        """One number for each parameter, times its weight; 1-d float64."""
+        if not any(isinstance(term, Tensor) for term in terms):
+            return torch.tensor(terms, dtype=torch.float64, device=self.device) * self._shares
+        here = [torch.as_tensor(term, dtype=torch.float64, device=self.device) for term in terms]
+        return torch.stack(here) * self._shares
 
 
 def total(values: Tensor) -> list[float]:
