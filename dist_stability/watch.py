@@ -203,7 +203,10 @@ def bounded(groups: Iterable[dist.ProcessGroup], seconds: float) -> Iterator[Non
             backend._set_default_timeout(timeout)
 
 
-_TRANSPORT = ("gloo", "connection closed", "connection reset", "timed out", "nccl", "broken pipe", "process group")
+_TRANSPORT = (
+    *("gloo", "connection closed", "connection reset", "timed out", "nccl", "broken pipe", "process group"),
+    "pair closure",  # gloo, of every collective in flight when another one of its group timed out
+)
 
 
 def is_transport_error(error: BaseException) -> bool:

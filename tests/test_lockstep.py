@@ -7,6 +7,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from typing import Any
 
 import harness
@@ -22,6 +23,7 @@ from zoo import Case
 from dist_stability import Checkpoints, GradientNormGuard, NonFiniteGuard, StabilityController
 from dist_stability.parallel import local
 from dist_stability.testing import FaultInjector, Outcome, assert_golden_twin, flip_largest
+from dist_stability.watch import is_transport_error
 
 COLLECTIVES = [
     *("all_reduce", "all_gather", "all_gather_into_tensor", "all_gather_object", "broadcast", "broadcast_object_list"),
@@ -358,6 +360,30 @@ def test_all_the_others_name_the_same_rank(four: harness.Pool, fault: str) -> No
     assert results.pop(2).type in ("Died", "Hung")
     for error in results:
         assert error.is_a("LockstepError") and error.facts["ranks"] == (2,), f"{error.message} {error.facts}"
+
+
+def lose_two_at_once(rank: int, world: int) -> list[Exception]:
+    """The errors of three broadcasts from a rank that sends none: two in flight together, one begun after those."""
+    group = dist.new_group(backend="gloo", timeout=timedelta(seconds=1))
+    if rank == 0:
+        time.sleep(4)
+        return []
+    works = [dist.broadcast(torch.zeros(n), 0, group=group, async_op=True) for n in (3, 5)]
+    errors = []
+    for wait in (*(work.wait for work in works), lambda: dist.broadcast(torch.zeros(2), 0, group=group)):
+        try:
+            wait()
+        except Exception as error:
+            errors.append(error)
+    return errors
+
+
+def test_every_collective_that_lost_its_peers_is_known_for_one(two: harness.Pool) -> None:
+    """DDP has several in flight: one times out, the others say something else, and any of them may be raised."""
+    errors = two.run(lose_two_at_once)[1]
+    assert len(errors) == 3
+    assert all(is_transport_error(error) for error in errors), errors
+    assert not is_transport_error(RuntimeError("mat1 and mat2 shapes cannot be multiplied (4x8 and 4x8)"))
 
 
 def leave_the_loop(rank: int, world: int) -> None:
