@@ -1,4 +1,4 @@
-"""200 random faults on two ranks: no hang, no rank that disagrees, and one of three outcomes each.
+"""Random faults on two ranks: no hang, no rank that disagrees, and one of three outcomes each.
 
 * recovered: some attempts were refused, and the run is bit for bit its golden twin;
 * stopped: every rank ends with an error, those of the healthy ranks name the faulty one (a rank that killed or stopped
@@ -6,8 +6,9 @@
 * committed: nothing was refused, the verdicts are equal on all ranks, and the run is bit for bit the unguarded run
   with the same fault; replicas are equal.
 
-The faults are drawn by kind, rank, step, phase and strength from the printed seed. Many cases share one start of the
-worker processes; a case that stops the job costs a new start and the rest goes on after it.
+The faults are drawn by kind, rank, step, phase and strength from the printed seed: 200 in the slow tests, the first 60
+of them always. Many cases share one start of the worker processes; a case that stops the job costs a new start and the
+rest goes on after it.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from dist_stability.testing import LOSS_PHASES, PHASES, Fault, FaultInjector, St
 from dist_stability.testing.fault import DRAWN_KINDS
 
 SEED = 20261122
-FAULTS = 200
+FAULTS, FEW = 200, 60
 STEPS = 13
 # By kind: faults in numbers are the common case; one in three or four stops the job, which takes seconds each time.
 KINDS = ("gradient-scale", "nan", "inf", "sleep", "kill", "stop", "exit") + ("bit-flip",) * 5 + ("raise",) * 3
@@ -95,30 +96,32 @@ def brief(result: Any) -> str:
     return str(result)
 
 
-def drawn() -> list[Job]:
+def drawn(faults: int) -> list[Job]:
     jobs = []
-    for number in range(FAULTS):
+    for number in range(faults):
         # Not in the last step: once that is done no rank has anything to learn of another from the controller.
         (fault,) = FaultInjector.random(SEED + number, 2, STEPS - 1, start=1, kinds=KINDS).faults
         jobs.append((number, CASES[number % len(CASES)], fault))
     return jobs
 
 
-def test_random_faults(two: harness.Pool, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("faults", [FEW, pytest.param(FAULTS, marks=pytest.mark.slow)])
+def test_random_faults(two: harness.Pool, tmp_path: Path, capsys: pytest.CaptureFixture[str], faults: int) -> None:
+    jobs = drawn(faults)
     with capsys.disabled():
-        print(f"\n{FAULTS} random faults, seed {SEED}")
+        print(f"\n{faults} random faults, seed {SEED}")
     # A stopped job is mostly waited for, so two pools work side by side.
     other = harness.Pool(2)
     try:
         with ThreadPoolExecutor() as both:
-            halves = both.map(outcomes_of, (two, other), (drawn()[::2], drawn()[1::2]), (tmp_path, tmp_path))
+            halves = both.map(outcomes_of, (two, other), (jobs[::2], jobs[1::2]), (tmp_path, tmp_path))
             said, outcomes = map(sum, zip(*halves, strict=True), ([], Counter()))
     finally:
         other.close()
     with capsys.disabled():
         print(dict(outcomes))
     assert not said, "\n".join(said)
-    assert sum(outcomes.values()) == FAULTS
+    assert sum(outcomes.values()) == faults
     assert all(outcomes[kind] >= 10 for kind in ("recovered", "committed", "stopped")), outcomes
 
 
@@ -148,7 +151,8 @@ def outcomes_of(pool: harness.Pool, jobs: list[Job], folder: Path) -> tuple[list
 
 
 def test_the_draw_covers_what_it_should() -> None:
-    faults = [fault for _, _, fault in drawn()]
+    faults = [fault for _, _, fault in drawn(FAULTS)]
+    assert {fault.kind for _, _, fault in drawn(FEW)} == set(KINDS)
     assert {fault.kind for fault in faults} == set(DRAWN_KINDS) == set(KINDS)
     assert {fault.rank for fault in faults} == {0, 1, None}
     assert {fault.phase for fault in faults} == {*PHASES, *LOSS_PHASES}
