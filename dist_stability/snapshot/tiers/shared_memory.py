@@ -26,6 +26,7 @@ import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from operator import attrgetter
 from pathlib import Path
 from typing import NamedTuple
 
@@ -267,7 +268,8 @@ class Shelf(Memory):
         which another host has copies, until there are newer ones; and not what is another rank's copy.
         """
         old = found.path
-        earlier = [file for file in self._earlier() if file.slot == old]
+        # The slot first: a seal without a slot would have to be explained.
+        earlier = sorted((file for file in self._earlier() if file.slot == old), key=attrgetter("seal"))
         held = self.keeps_held and any(file.seal.startswith(_HELD) for file in earlier)
         if old is None or held or not earlier or not isinstance(found, FoundArena):
             return False
