@@ -16,7 +16,7 @@ demo: .venv/.installed
 	$(BIN)/dist-stability demo --out out/demo
 
 test: .venv/.installed
-	$(BIN)/python -m pytest -m "not slow and not cluster"
+	$(BIN)/python -m pytest -m "not slow and not cluster" --durations=40
 
 test-slow: .venv/.installed
 	$(BIN)/python -m pytest -m slow
