@@ -4,6 +4,8 @@ BIN := .venv/bin
 # The pins keep a plain index from resolving to CUDA builds of several gigabytes.
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 export OMP_NUM_THREADS ?= 1
+# Test processes beside one another, each with pools of ranks of its own.
+WORKERS ?= 2
 
 .PHONY: demo test test-slow test-gpu test-cluster lint types format clean
 
@@ -16,7 +18,7 @@ demo: .venv/.installed
 	$(BIN)/dist-stability demo --out out/demo
 
 test: .venv/.installed
-	$(BIN)/python -m pytest -m "not slow and not cluster" --durations=40
+	$(BIN)/python -m pytest -m "not slow and not cluster" -n $(WORKERS) --dist worksteal --durations=40
 
 test-slow: .venv/.installed
 	$(BIN)/python -m pytest -m slow

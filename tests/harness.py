@@ -47,9 +47,11 @@ _PRELOAD = [
     "torch",
     "torch.distributed",
     "torch.distributed.fsdp",
+    "torch.distributed.tensor.debug",  # with it torch._dynamo, which alone takes half a second
     "torch.distributed.tensor.parallel",
     "torch.nn.parallel",
     "pytest",
+    "dist_stability.testing",
 ]
 
 _MEETING = datetime.timedelta(seconds=60)
@@ -257,6 +259,9 @@ def _work(rank: int, world: int, connection: Any, dump: str) -> None:
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: never outlive the fork server
     stacks = open(dump, "w")  # noqa: SIM115 - must stay open for faulthandler
     faulthandler.register(signal.SIGUSR1, file=stacks, all_threads=True)
+    # What was imported before the fork is there for good: without this each collection of garbage goes through all of
+    # torch, which takes longer than most runs, and through copies of the pages that are shared with the fork server.
+    gc.freeze()
     torch.set_num_threads(1)
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(world), LOCAL_RANK=str(rank), LOCAL_WORLD_SIZE=str(world))
     while True:

@@ -8,6 +8,7 @@ draws for the batch after a refused one is outside the promise.
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import product
 from typing import Any
 
 import harness
@@ -17,6 +18,7 @@ import test_rewind
 import test_transparency
 import torch
 import zoo
+from choice import in_thirds, often, third_of
 from test_golden_twin import FORMS, AlwaysDeep, Job
 from zoo import Case
 
@@ -48,7 +50,7 @@ def one_late(case: Case, fault: str, attempt: int, **options: Any) -> Job:
 # ---------------------------------------------------------------------- exact
 
 
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("mode", often(MODES, ("single", "ddp", "fsdp1", "fsdp2-empty", "tp")))
 def test_first_middle_and_last(mode: str) -> None:
     """Adam has no state before its first step, and no forward follows the last one."""
     fused = "adamw-loop" if mode == "tp" else "adamw-fused"
@@ -60,7 +62,7 @@ def test_first_middle_and_last(mode: str) -> None:
     )
 
 
-@pytest.mark.parametrize("mode", ["single", "ddp", "fsdp2", "fsdp2-mixed"])
+@pytest.mark.parametrize("mode", often(("single", "ddp", "fsdp2", "fsdp2-mixed"), ("single", "ddp", "fsdp2-mixed")))
 def test_every_kind_of_no(mode: str) -> None:
     """Gradients, weights, the probe and a guard say no, on a rank of their own each."""
     last = zoo.MODES[mode] - 1
@@ -226,13 +228,14 @@ def transparent(rank: int, world: int, cases: list[Case]) -> list[str]:
     return said
 
 
-@pytest.mark.parametrize("mode", zoo.MODES)
-def test_with_and_without_the_controller(mode: str) -> None:
-    for said in harness.pool(zoo.MODES[mode]).run(transparent, test_transparency.cases_of(mode), timeout=300):
+@in_thirds(2)
+def test_with_and_without_the_controller(mode: str, third: int | None) -> None:
+    cases = third_of(test_transparency.cases_of(mode), third)
+    for said in harness.pool(zoo.MODES[mode]).run(transparent, cases, timeout=300):
         assert not said, "\n".join(said)
 
 
-@pytest.mark.parametrize("mode", ["single", "ddp", "fsdp2"])
+@pytest.mark.parametrize("mode", often(("single", "ddp", "fsdp2"), ("single", "ddp")))
 def test_transparent_in_every_way_to_use_it(mode: str) -> None:
     cases = [replace(case, mode=mode) for case in test_transparency.OPTIONS.values()]
     cases += [Case(mode, scaler=True, clip=1.0), Case(mode, optimizer="adam-fused", scaler=True)]
@@ -302,8 +305,7 @@ def test_everything_switched_on(mode: str) -> None:
 # ---------------------------------------------------------------------- replay
 
 
-@pytest.mark.parametrize("every", [1, 3])
-@pytest.mark.parametrize("mode", ["ddp", "fsdp2"])
+@pytest.mark.parametrize(("mode", "every"), often(product(("ddp", "fsdp2"), (1, 3)), [("ddp", 1), ("fsdp2", 3)]))
 def test_with_replay_only_the_guilty_batch_is_lost(mode: str, every: int) -> None:
     """The batch after the guilty one was trained on with refused weights: it is shown again."""
     case = Case(mode, every=every, scheduler=True, steps=9)

@@ -17,6 +17,7 @@ import harness
 import pytest
 import torch
 import zoo
+from choice import in_thirds, third_of
 from zoo import Case
 
 from dist_stability import FixedInnovation, GradientNormGuard, Judgement, NonFiniteGuard
@@ -96,9 +97,10 @@ def matrix_of(mode: str) -> list[Case]:
     return cases
 
 
-@pytest.mark.parametrize("mode", zoo.MODES)
-def test_gradient_scaling_over_the_matrix(mode: str) -> None:
-    check(Job(case, (SCALE,), refused=(BAD, BAD + 1), actions=("rollback",) * 2) for case in matrix_of(mode))
+@in_thirds(0)
+def test_gradient_scaling_over_the_matrix(mode: str, third: int | None) -> None:
+    cases = third_of(matrix_of(mode), third)
+    check(Job(case, (SCALE,), refused=(BAD, BAD + 1), actions=("rollback",) * 2) for case in cases)
 
 
 def faults_of(mode: str) -> list[tuple[str, str, Case]]:
@@ -118,13 +120,15 @@ def faults_of(mode: str) -> list[tuple[str, str, Case]]:
     ]
 
 
-@pytest.mark.parametrize("mode", zoo.MODES)
-def test_every_fault_in_every_mode(mode: str) -> None:
-    fused = "adamw-loop" if mode.endswith("tp") else "adamw-fused"
+@in_thirds(0)
+def test_every_fault_in_every_mode(mode: str, third: int | None) -> None:
+    """Under SGD and Adam each; of every run of the tests, under one of them, in the next mode under the other."""
+    optimizers = ("sgd", "adamw-loop" if mode.endswith("tp") else "adamw-fused")
     jobs = []
-    for fault, action, case in faults_of(mode):
+    for place, (fault, action, case) in enumerate(faults_of(mode)):
         refused = (BAD if case.steps > BAD else 4,)
-        jobs += [Job(replace(case, optimizer=name), (fault,), refused, actions=(action,)) for name in ("sgd", fused)]
+        names = optimizers if third is None else optimizers[(place + third) % 2 :][:1]
+        jobs += [Job(replace(case, optimizer=name), (fault,), refused, actions=(action,)) for name in names]
     if not mode.endswith("tp"):
         # Without a guard the NaN reaches weights, moments and the probe, and is taken back from there.
         case = Case(mode, "conv", guards=False, steps=6)

@@ -30,6 +30,7 @@ def runs(count: int = 400, slope: float = 3.0, seed: int = 0) -> dict[str, Any]:
     }
 
 
+@pytest.mark.slow
 def test_the_fit_finds_the_probabilities() -> None:
     found = calibration.fit(**runs(4000))
     assert found.slope == pytest.approx(3.0, abs=0.3) and found.intercept == pytest.approx(1.0, abs=0.2)

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from choice import often
 from torch import Tensor, nn
 
 from dist_stability.cli import main
@@ -194,7 +195,7 @@ def torchrun(out: Path, *words: str) -> dict[str, Any]:
     return read_json(out / "summary.json")
 
 
-@pytest.mark.parametrize("mode", ["ddp", "fsdp2"])
+@pytest.mark.parametrize("mode", often(("ddp", "fsdp2"), ["fsdp2"]))
 def test_under_torchrun(tmp_path: Path, mode: str) -> None:
     """Two ranks, each with every other batch, have together the loss of one process with all of them."""
     words = (*GPT, "--optimizer", "sgd", "--lr", "0.1", "--train-steps", "0", "--steps", "24")
@@ -206,6 +207,7 @@ def test_under_torchrun(tmp_path: Path, mode: str) -> None:
     assert found["command"].startswith("torchrun --nproc_per_node=2 -m dist_stability diagnose bounds")
 
 
+@pytest.mark.slow
 def test_twins_under_torchrun(tmp_path: Path) -> None:
     found = torchrun(tmp_path, "sensitivity", *GPT, "--lr", "0.003", "--steps", "6", "--gate-steps", "2")
     assert found["sensitivity"]["verdict"] == "benign" and found["settings"]["parallel"] == "ddp"

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 import wrapped
+from choice import often
 from gpt import ids, loss
 from harness import RankError
 from torch import Tensor
@@ -44,7 +45,7 @@ def numbers(found: list[Any]) -> list[float]:
     return [found[0].score, found[1], found[2], *(x for each in early for x in each)]
 
 
-@pytest.mark.parametrize("mode", TWO)
+@pytest.mark.parametrize("mode", often(TWO, ("ddp", "fsdp1-flat", "fsdp2", "tp")))
 def test_two_ranks_are_one_process(two: Any, mode: str) -> None:
     first, second = two.run(probed, mode)
     torch.set_default_dtype(torch.float64)
@@ -56,7 +57,7 @@ def test_two_ranks_are_one_process(two: Any, mode: str) -> None:
     assert numbers(first) == pytest.approx(numbers(one), rel=1e-4)
 
 
-@pytest.mark.parametrize("mode", ["hsdp", "fsdp2"])
+@pytest.mark.parametrize("mode", often(("hsdp", "fsdp2"), ["hsdp"]))
 def test_four_ranks_are_one_process(four: Any, mode: str) -> None:
     everyone = four.run(probed, mode)
     torch.set_default_dtype(torch.float64)
@@ -103,7 +104,7 @@ def failing(model: Any, rank: int, world: int) -> None:
         lr_probe.risk(model, breaks, shares(world, rank), 1.0)
 
 
-@pytest.mark.parametrize("mode", ["ddp", "fsdp1", "fsdp1-flat", "fsdp2", "fsdp2-keep"])
+@pytest.mark.parametrize("mode", often(TWO[1:-1], ("ddp", "fsdp1", "fsdp2-keep")))
 def test_training_goes_on_as_if_nothing_had_been(two: Any, mode: str) -> None:
     for plain, looked in zip(two.run(trained, mode, False), two.run(trained, mode, True), strict=True):
         assert all(map(torch.equal, plain, looked))

@@ -44,7 +44,7 @@ def unequal(first: Path, second: Path, world: int) -> list[str]:
         (2, ("--parallel", "fsdp1", "--dropout", "0.1")),
         (2, ("--parallel", "fsdp2", "--dtype", "bfloat16", "--accumulate", "2")),
         (4, ("--parallel", "hsdp", "--clip-grad-norm", "1")),
-        (2, ("--parallel", "ddp", "--task", "digits")),
+        pytest.param(2, ("--parallel", "ddp", "--task", "digits"), marks=pytest.mark.slow),
         (2, ("--parallel", "fsdp2", "--task", "digits", "--dtype", "bfloat16")),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, tuple) else None,

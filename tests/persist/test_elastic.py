@@ -17,7 +17,11 @@ import pytest
 import torch
 
 from dist_stability import startup
+from dist_stability.experiments import training
 from dist_stability.experiments.digests import differences
+from dist_stability.experiments.options import parse_options
+from dist_stability.experiments.tasks import make_task
+from dist_stability.experiments.wrapping import Processes
 from dist_stability.report.events import read_events, read_json
 
 TRAIN = Path(__file__).parents[2] / "launch" / "train.py"
@@ -66,6 +70,13 @@ def launch(out: Path, job: str, *arguments: str, restarts: int = 3) -> subproces
     )
 
 
+def undisturbed(rank: int, world: int, *arguments: str) -> int:
+    """The same program in a process group that is there already: without an agent."""
+    options = parse_options((*SMALL, *KEPT, *arguments), world)
+    task = make_task(options.task, dropout=options.dropout)
+    return training.run(options, task, Processes(rank, world, torch.device("cpu")))
+
+
 def left(job: str) -> list[str]:
     return [name for name in os.listdir("/dev/shm") if f".{job}." in name]
 
@@ -75,8 +86,7 @@ def left(job: str) -> list[str]:
 def test_killed_and_started_again_by_the_agent(parallel: str, tmp_path: Path) -> None:
     job = f"elastic-{uuid.uuid4().hex[:8]}"
     mode = ("--parallel", parallel)
-    whole = launch(tmp_path / "whole", job, *mode)
-    assert whole.returncode == 0, whole.stderr
+    assert harness.pool(2).run(undisturbed, *mode, "--out", str(tmp_path / "whole")) == [0, 0]
     kept = ("--persist", "shm", "--resume", "auto", "--inject", "kill:step=8,phase=vote,rank=1")
     ended = launch(tmp_path / "killed", job, *mode, *kept)
     assert ended.returncode == 0, ended.stderr

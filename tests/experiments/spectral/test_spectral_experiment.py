@@ -134,23 +134,14 @@ def test_a_table_says_when_a_plain_baseline_wins() -> None:
 
 
 @pytest.mark.filterwarnings("ignore::dist_stability.diagnostics.rksp.RkspWarning")
-def test_the_commands(tmp_path: Path, capsys: Any) -> None:
-    words = [
-        "experiment",
-        "rksp",
-        "--quick",
-        "--workers",
-        "1",
-        "--parts",
-        "calibration",
-        "edges-first",
-        "--out",
-        str(tmp_path),
-    ]
+@pytest.mark.parametrize("more", [(), pytest.param(("edges-first",), marks=pytest.mark.slow)], ids=len)
+def test_the_commands(tmp_path: Path, capsys: Any, more: tuple[str, ...]) -> None:
+    words = ["experiment", "rksp", "--quick", "--workers", "1", "--parts", "calibration", *more, "--out", str(tmp_path)]
     assert main(words) == 0
     summary = read_json(tmp_path / "summary.json")
-    assert summary["parts"] == ["held-out", "near-none", "edges-first", "calibration"]  # with what calibration needs
-    assert summary["held-out"]["predictions"][0]["runs"] == 4 and summary["edges-first"]["configurations"] == 2
+    assert summary["parts"] == ["held-out", "near-none", *more, "calibration"]  # with what calibration needs
+    assert summary["held-out"]["predictions"][0]["runs"] == 4
+    assert not more or summary["edges-first"]["configurations"] == 2
     assert "needs 40 runs" in summary["calibration"] and "selection" not in summary
     assert (tmp_path / "report.html").is_file()
     told = (tmp_path / "tables.md").read_text()
