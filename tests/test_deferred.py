@@ -137,7 +137,7 @@ def test_several_faults(mode: str) -> None:
     test_golden_twin.check(jobs)
 
 
-@pytest.mark.parametrize("mode", ["single", "ddp", "fsdp2-uneven"])
+@pytest.mark.parametrize("mode", often(("single", "ddp", "fsdp2-uneven"), ("single", "ddp")))
 def test_every_way_to_use_it(mode: str) -> None:
     """Hooks, closures, several optimizers, accumulation, clipping: a flip in 4, a NaN in 6."""
     last = zoo.MODES[mode] - 1

@@ -17,7 +17,7 @@ import harness
 import pytest
 import torch
 import zoo
-from choice import in_thirds, third_of
+from choice import in_thirds, often, third_of
 from zoo import Case
 
 from dist_stability import FixedInnovation, GradientNormGuard, Judgement, NonFiniteGuard
@@ -153,7 +153,7 @@ FORMS = {
 }
 
 
-@pytest.mark.parametrize("mode", ["single", "ddp", "fsdp2-uneven"])
+@pytest.mark.parametrize("mode", often(("single", "ddp", "fsdp2-uneven"), ("single", "fsdp2-uneven")))
 def test_every_way_to_use_it(mode: str) -> None:
     jobs = []
     for case in FORMS.values():

@@ -30,7 +30,7 @@ from dist_stability.testing import LOSS_PHASES, PHASES, Fault, FaultInjector, St
 from dist_stability.testing.fault import DRAWN_KINDS
 
 SEED = 20261122
-FAULTS, FEW = 200, 60
+FAULTS, FEW = 200, 48
 STEPS = 13
 # By kind: faults in numbers are the common case; one in three or four stops the job, which takes seconds each time.
 KINDS = ("gradient-scale", "nan", "inf", "sleep", "kill", "stop", "exit") + ("bit-flip",) * 5 + ("raise",) * 3
