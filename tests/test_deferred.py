@@ -230,7 +230,7 @@ def transparent(rank: int, world: int, cases: list[Case]) -> list[str]:
 
 @in_thirds(2)
 def test_with_and_without_the_controller(mode: str, third: int | None) -> None:
-    cases = third_of(test_transparency.cases_of(mode), third)
+    cases = third_of(zoo.matrix_of(mode), third)
     for said in harness.pool(zoo.MODES[mode]).run(transparent, cases, timeout=300):
         assert not said, "\n".join(said)
 

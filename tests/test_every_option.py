@@ -12,9 +12,8 @@ from typing import Any
 import harness
 import pytest
 import test_golden_twin
-import test_transparency
 import zoo
-from test_golden_twin import BAD, SCALE, Job, matrix_of
+from test_golden_twin import BAD, SCALE, Job
 from zoo import Case
 
 from dist_stability.snapshot import HostWork, copier
@@ -62,7 +61,7 @@ def transparent(rank: int, world: int, cases: list[Case], options: dict[str, Any
 @pytest.mark.parametrize("mode", zoo.MODES)
 def test_golden_twins(mode: str, option: str) -> None:
     work, options = OPTIONS[option]
-    jobs = [job(case, options) for case in matrix_of(mode)]
+    jobs = [job(case, options) for case in zoo.matrix_of(mode)]
     said = harness.pool(zoo.MODES[mode]).run(twins, jobs, work, timeout=300)
     assert not any(said), "\n\n".join(dict.fromkeys(line for lines in said for line in lines))
 
@@ -71,6 +70,6 @@ def test_golden_twins(mode: str, option: str) -> None:
 @pytest.mark.parametrize("mode", zoo.MODES)
 def test_transparent(mode: str, option: str) -> None:
     work, options = OPTIONS[option]
-    cases = test_transparency.cases_of(mode)
+    cases = zoo.matrix_of(mode)
     for said in harness.pool(zoo.MODES[mode]).run(transparent, cases, options, work, timeout=300):
         assert not said, "\n".join(said)

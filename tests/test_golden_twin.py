@@ -87,19 +87,9 @@ def check(jobs: Iterable[Job], timeout: float = 300) -> None:
 SCALE = f"gradient-scale:step={BAD},factor=300,length=2"
 
 
-def matrix_of(mode: str) -> list[Case]:
-    """Each optimizer on the transformer (tied weights, dropout), two on the models with BatchNorm and in bfloat16."""
-    tensor_parallel = mode.endswith("tp")
-    cases = [Case(mode, optimizer=name) for name in zoo.OPTIMIZERS if not (tensor_parallel and name.endswith("fused"))]
-    for model in ("conv", "bf16"):
-        if not (tensor_parallel and model == "conv"):
-            cases += [Case(mode, model, name) for name in ("sgd", "adamw-foreach")]
-    return cases
-
-
 @in_thirds(0)
 def test_gradient_scaling_over_the_matrix(mode: str, third: int | None) -> None:
-    cases = third_of(matrix_of(mode), third)
+    cases = third_of(zoo.matrix_of(mode), third)
     check(Job(case, (SCALE,), refused=(BAD, BAD + 1), actions=("rollback",) * 2) for case in cases)
 
 

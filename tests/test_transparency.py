@@ -18,17 +18,6 @@ from dist_stability import AdaptiveCadence, GradientNormGuard, LossProbe, NonFin
 from dist_stability.signals import GroupNorms, UpdateRatio, UpdateRms
 from dist_stability.testing import compare
 
-
-def cases_of(mode: str) -> list[Case]:
-    """The whole matrix of one mode: each optimizer on the transformer, two on the other models, and the options."""
-    tensor_parallel = mode.endswith("tp")
-    cases = [Case(mode, optimizer=name) for name in zoo.OPTIMIZERS if not (tensor_parallel and name.endswith("fused"))]
-    for model in ("conv", "bf16"):
-        if not (tensor_parallel and model == "conv"):
-            cases += [Case(mode, model, name) for name in ("sgd", "adamw-foreach")]
-    return cases
-
-
 OPTIONS = {
     "attached": Case(form="attach", scheduler=True, clip=1.0),
     "closure": Case(form="closure"),
@@ -68,7 +57,7 @@ def hooks_of(model: torch.nn.Module) -> int:
 
 @in_thirds(1)
 def test_with_and_without_the_controller(mode: str, third: int | None) -> None:
-    for said in harness.pool(zoo.MODES[mode]).run(transparent, third_of(cases_of(mode), third), timeout=300):
+    for said in harness.pool(zoo.MODES[mode]).run(transparent, third_of(zoo.matrix_of(mode), third), timeout=300):
         assert not said, "\n".join(said)
 
 

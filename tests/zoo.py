@@ -422,6 +422,16 @@ def _parameters(setup: Setup) -> Iterator[nn.Parameter]:
             yield from group["params"]
 
 
+def matrix_of(mode: str) -> list[Case]:
+    """Each optimizer on the transformer (tied weights, dropout), two on the models with BatchNorm and in bfloat16."""
+    tensor_parallel = mode.endswith("tp")
+    cases = [Case(mode, optimizer=name) for name in OPTIMIZERS if not (tensor_parallel and name.endswith("fused"))]
+    for model in ("conv", "bf16"):
+        if not (tensor_parallel and model == "conv"):
+            cases += [Case(mode, model, name) for name in ("sgd", "adamw-foreach")]
+    return cases
+
+
 def variants(case: Case, **axes: Any) -> list[Case]:
     """The case with each value of one axis: ``variants(Case(), mode=MODES)``."""
     (axis, values), *rest = axes.items()

@@ -16,6 +16,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import zoo
+from choice import slow
 from host_worker import whole
 from test_resume_ranks import Killer
 from zoo import Case
@@ -28,12 +29,6 @@ from dist_stability.snapshot.tiers.parcels import Parcel, rounds, send
 from dist_stability.snapshot.tiers.peers import Sources
 from dist_stability.snapshot.tiers.shared_memory import files
 from dist_stability.testing import FaultInjector, capture_state, compare
-
-
-def slow(values: tuple[Any, ...]) -> Any:
-    """A parameter for the slow tests only."""
-    return pytest.param(*values, marks=pytest.mark.slow)
-
 
 # ---------------------------------------------------------------------- who has what
 
