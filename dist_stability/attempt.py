@@ -18,6 +18,9 @@ from .watch import Watch
 
 PhaseListener = Callable[[int, str], None]
 
+OUTSIDE = ("step", "capture")
+"""Parts of an attempt's time that pass while the guard does not have control: the optimizers', and in a forward."""
+
 
 @dataclass(slots=True)
 class Attempt:
@@ -48,6 +51,8 @@ class Attempt:
         provisional: Its vote is under way, and it stands until that is read (deferred verdict).
         edge: What the monitor of the edge of stability says of it; None without one, or at an unjudged attempt.
         seconds: Host time by part.
+        held: Host time between the moments at which the guard took over and gave back, up to the last of the latter.
+        since: When it took over; None while it does not have control.
     """
 
     index: int
@@ -74,6 +79,23 @@ class Attempt:
     provisional: bool = False
     edge: dict[str, Any] | None = None
     seconds: dict[str, float] = field(default_factory=dict)
+    held: float = 0.0
+    since: float | None = None
+
+    def take_over(self) -> None:
+        """From here on the host works for the guard."""
+        self.since = time.perf_counter()
+
+    def give_back(self) -> None:
+        """From here on it works for the loop, or for an optimizer."""
+        if self.since is not None:
+            self.held, self.since = self.held + time.perf_counter() - self.since, None
+
+    def parts(self) -> dict[str, float]:
+        """Host time by part so far, and under ``other`` what the guard took beside its parts."""
+        now = 0.0 if self.since is None else time.perf_counter() - self.since
+        known = sum(seconds for name, seconds in self.seconds.items() if name not in OUTSIDE)
+        return {**self.seconds, "other": max(0.0, self.held + now - known)}
 
     def defer(self) -> None:
         """The verdict is read later: let go of the gradients, which will be others by then."""
@@ -149,7 +171,7 @@ def event_of(attempt: Attempt, verdict: Verdict, decision: Decision, steps: int)
         "where": dict(attempt.signals.where),
         "signal_errors": {name: one_line(error) for name, error in attempt.signal_errors.items()},
         "edge": attempt.edge,
-        "seconds": attempt.seconds,
+        "seconds": attempt.parts(),
     }
 
 

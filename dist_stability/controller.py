@@ -23,6 +23,7 @@ and both end in an error that names the rank.
 from __future__ import annotations
 
 import sys
+import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from types import TracebackType
@@ -617,7 +618,9 @@ class StabilityController:
             self._attempts.replay.forget()
 
     def _capture_forward(self) -> None:
+        begin = time.perf_counter()
         self._recovery.capture_forward(self._ledger.attempt, bool(self._ledger.pending))
+        self._attempts.captured += time.perf_counter() - begin
 
 
 def _cadence(every: int | Cadence | str) -> Cadence:

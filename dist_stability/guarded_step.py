@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -48,6 +49,7 @@ class GuardedStep:
         replay: The batches of the loop, if it takes them from the controller.
         scaler: The GradScaler of the last step, or None.
         said_rate: The learning rate that the loop vouched for itself, or None.
+        captured: Host seconds that captures in forwards of the present attempt took.
     """
 
     def __init__(
@@ -97,6 +99,7 @@ class GuardedStep:
         self.replay: Replay | None = None
         self.scaler: torch.amp.GradScaler | None = None
         self.said_rate: float | None = None
+        self.captured = 0.0
         self._open: Attempt | None = None
         self._dropped: Verdict | None = None
 
@@ -173,6 +176,7 @@ class GuardedStep:
         if question is None:
             return None
         attempt = question.attempt
+        attempt.take_over()
         decision = self.judging.answer(question)
         replaces = not last and decision.action.refused and self._enforced
         if replaces:
@@ -191,6 +195,7 @@ class GuardedStep:
 
     def _begin(self, grad_norm: Any = None, scaler: Any = None, loss: Any = None) -> Attempt:
         """Everything before the optimizer runs."""
+        since = time.perf_counter()
         index = self._ledger.attempt
         if self._open is not None:
             raise RuntimeError(f"attempt {self._open.index} is still open: an optimizer step did not complete")
@@ -205,7 +210,8 @@ class GuardedStep:
         self._phases.enter("gradients")
         gradients = Gradients(self._recovery.plan.parameters, grad_norm)
         judged = self._cadence.judged(index) or (self.replay is not None and self.replay.queue.must_judge)
-        attempt = Attempt(index, judged, gradients, self._agreement(gradients, judged), scaler)
+        attempt = Attempt(index, judged, gradients, self._agreement(gradients, judged), scaler, since=since)
+        attempt.seconds["capture"], self.captured = self.captured, 0.0
         self._look_at_rates(attempt)
         if self._enforced:
             self._recovery.capture_entry(scaler, bool(self._ledger.pending))
@@ -231,6 +237,7 @@ class GuardedStep:
                 self._monitor.before_step(context)
         else:
             attempt.signals = SignalValues(host_values(context))
+        attempt.give_back()
         return attempt
 
     def _look_at_rates(self, attempt: Attempt) -> None:
@@ -265,6 +272,7 @@ class GuardedStep:
         if attempt is None:
             raise RuntimeError("an optimizer step ended that never began: was the controller attached inside a step?")
         self._open = None
+        attempt.take_over()
         if attempt.context is not None and not attempt.vetoed:
             with attempt.timed("signals"):
                 self._monitor.after_step(attempt.context)
@@ -302,6 +310,7 @@ class GuardedStep:
             self.replay.settle(verdict)
         self._phases.attempt = self._ledger.attempt
         self._phases.enter("training")
+        attempt.give_back()
         return verdict
 
     def _settle(self, attempt: Attempt, decision: Decision) -> Outcome:

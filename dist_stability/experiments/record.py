@@ -62,6 +62,8 @@ class RunRecorder:
         self._committed: list[tuple[int, float]] = []
         self._preflight: dict[str, Any] | None = None
         self._begin = time.perf_counter()
+        self._first: float | None = None
+        self._loop_seconds = self._writing = 0.0
         self._facts = {
             "task": task.name,
             "data": task.data,
@@ -88,6 +90,8 @@ class RunRecorder:
         self._batch = number
         if attempt is not None:
             self._batch_of[attempt] = number
+        if self._first is None:
+            self._first = time.perf_counter()
 
     def resume(self, attempt: int) -> None:
         """Take over the events of an earlier start, up to an attempt; the log has them again."""
@@ -108,12 +112,16 @@ class RunRecorder:
             if self._log is not None:
                 self._log.append(event)
             return
+        begin = time.perf_counter()
         batch = self._learn(event)
         written = {**event, "batch": batch, "probe": self.probe}
         if self._parameter_norm is not None:
             written["parameter_norm"] = self._parameter_norm()
         if self._log is not None:
             self._log.append(written)
+        end = time.perf_counter()
+        self._writing += end - begin
+        self._loop_seconds = end - (begin if self._first is None else self._first) - self._writing
 
     def _learn(self, event: dict[str, Any]) -> int:
         """What the summary will say of it; the batch it is about."""
@@ -186,6 +194,8 @@ class RunRecorder:
                 "final_probe": self.probe,
                 "evaluation": evaluation,
                 "seconds": time.perf_counter() - self._begin,
+                # From the first batch to the last event, without what was written down here.
+                "loop_seconds": self._loop_seconds,
                 "probe": {"batch": self._batches, "value": self._series},
             },
         )

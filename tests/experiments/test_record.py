@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
+import time
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 
 from dist_stability.experiments.options import parse_options
@@ -88,6 +90,29 @@ def test_the_norm_is_of_the_state_after_each_attempt_and_asked_for_on_every_rank
             record.event(event(1, "rollback", 2.0))
         assert next(norms, None) is None
     assert [e["parameter_norm"] for e in read_events(tmp_path / "events.jsonl")] == [7.0, math.inf]
+
+
+def test_what_it_writes_down_is_not_time_of_the_loop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [0.0]
+    monkeypatch.setattr(time, "perf_counter", lambda: now[0])
+
+    def work(seconds: float) -> float:
+        now[0] += seconds
+        return 1.0
+
+    options = parse_options(["--out", str(tmp_path)], 1)
+    task = make_task("text")
+    with RunRecorder(options, task, Processes(0, 1, torch.device("cpu")), task.build(), lambda: work(100.0)) as record:
+        work(1000.0)  # the start
+        for attempt in range(3):
+            record.begin_batch(attempt)
+            work(1.0)
+            record.event(event(attempt, "commit", 1.0))
+            work(10.0)
+        work(1000.0)  # the evaluation
+        record.finish()
+    summary = read_json(tmp_path / "summary.json")
+    assert summary["loop_seconds"] == 1 + 11 + 11 and summary["seconds"] == 2000 + 3 * 111
 
 
 def test_other_ranks_keep_quiet_and_an_old_summary_is_removed(tmp_path: Path) -> None:

@@ -89,17 +89,17 @@ def detection_delay(run: Trace, start: int) -> int | None:
 
 
 def overhead_ratio(run: Trace) -> float:
-    """Wall time of the run over the same without what the controller does, from the run's own clock.
+    """Wall time of the loop over the same without what the controller does, from the run's own clock.
 
-    1 + (all phases of ``step()`` but the optimizer's own) / (the rest of the run). By definition 1 for an unguarded
-    run: it measures the probe only for the record. The rest holds what any run does (data, forward, backward,
-    optimizer) and what every run of the experiment writes down, the norm of the parameters among it.
+    1 + (all that the controller does, but the optimizer's own step) / (the rest of the loop: data, forward, backward,
+    optimizer). What the experiment writes down, the norm of the parameters among it, is in neither. By definition 1
+    for an unguarded run: it measures the probe only for the record.
     """
     return 1.0 + sum(overhead_parts(run).values())
 
 
 def overhead_parts(run: Trace) -> dict[str, float]:
-    """The overhead by phase, each relative to the rest of the run; empty for an unguarded run."""
+    """The overhead by part, each relative to the rest of the loop; empty for an unguarded run."""
     if not run.guarded:
         return {}
     own = {phase: seconds for phase, seconds in run.phases.items() if phase != STEP}

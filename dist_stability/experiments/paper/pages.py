@@ -126,7 +126,7 @@ _TWIN_NOTE = (
     "stopped; the twin, which never sees the fault, says nothing then."
 )
 _OVERHEAD_NOTE = (
-    "Wall time of the phases of a guarded step, relative to the rest of the run. Runs that share a machine disturb "
+    "Wall time of the parts of a guarded step, relative to the rest of the loop. Runs that share a machine disturb "
     "each other's clocks: for a figure to quote, take one worker."
 )
 

@@ -192,7 +192,7 @@ def codes_table(results: Results) -> Table:
 
 
 def overhead_table(results: Results, task: str, parallel: str, fault: str) -> Table:
-    """By guarded arm, the mean over seeds of the overhead of each phase, relative to the rest of the run."""
+    """By guarded arm, the mean over seeds of the overhead of each part, relative to the rest of the loop."""
     table: Table = {}
     for arm in ARMS:
         parts = [measures.overhead_parts(t) for t in results.of(task, parallel, fault, arm).values() if t.guarded]

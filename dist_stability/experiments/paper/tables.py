@@ -75,7 +75,7 @@ def transparency(rows: Sequence[Mapping[str, Any]], data: Mapping[str, str]) -> 
 
 
 def overhead(arms: Mapping[str, Mapping[str, float]]) -> Table:
-    """Percent of the rest of the run, by phase."""
+    """Percent of the rest of the loop, by part."""
     phases = list(dict.fromkeys(phase for parts in arms.values() for phase in parts))
     rows = [
         [arm, *(f"{100 * parts[phase]:.2f} %" if phase in parts else "" for phase in phases), _percent(parts)]

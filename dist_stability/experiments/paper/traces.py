@@ -31,7 +31,7 @@ class Trace:
         evaluation: Loss on held-out data the probe does not use; None for a run that was stopped.
         stopped: It ended before its end, its budgets spent.
         guarded: A rule judged it.
-        seconds: Wall time of the whole run.
+        seconds: Wall time of the loop, without what was written down.
         phases: Wall time of each phase of ``step()``, over all attempts.
         data: What the data are called.
         layout: What the run ran on, and the code, for people: device, torch, source digest.
@@ -98,7 +98,7 @@ def trace_of(run: RunRecord) -> Trace:
         evaluation=None if evaluation is None else number(evaluation),
         stopped=not summary["finished"],
         guarded=run.settings["rule"] != "off",
-        seconds=summary["seconds"],
+        seconds=summary.get("loop_seconds", summary["seconds"]),  # runs of older versions have the latter alone
         phases=dict(phases),
         data=summary["data"],
         layout=_layout(summary),

@@ -92,6 +92,7 @@ def write_run(
             "final_probe": final,
             "evaluation": None if error else final,
             "seconds": 5.0,
+            "loop_seconds": 4.0,
             "data": "made-up data",
             "device": "cpu",
             "versions": {"torch": "0", "platform": "none"},

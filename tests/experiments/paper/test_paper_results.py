@@ -43,12 +43,12 @@ def test_the_summary_has_every_measure_over_the_seeds(tmp_path: Path) -> None:
     assert guarded["refused_inside"]["values"] == [2, 1]
     assert found["arms"] == found["faults"]["phrase"]["single"]["g300x10"]
     assert found["arms"]["clean"]["overhead_ratio"]["mean"] == 1.0
-    # 14 attempts of 0.2 s in a run of 5 s
-    assert guarded["overhead_ratio"]["mean"] == pytest.approx(5 / (5 - 14 * 0.2))
+    # 14 attempts of 0.2 s in a loop of 4 s
+    assert guarded["overhead_ratio"]["mean"] == pytest.approx(4 / (4 - 14 * 0.2))
     assert found["gamma"] == pytest.approx(4 / 24) and protocol("vision", probe_size=16).gamma == pytest.approx(
         16 / 384
     )
-    assert found["overhead"]["guarded"] == {"probe": pytest.approx(2.8 / 2.2)}
+    assert found["overhead"]["guarded"] == {"probe": pytest.approx(2.8 / 1.2)}
 
 
 def test_twins_are_compared_where_they_say_something(tmp_path: Path) -> None:
