@@ -18,6 +18,8 @@ demo: .venv/.installed
 	$(BIN)/dist-stability demo --out out/demo
 
 test: .venv/.installed
+	@# Many hundred processes import the package; some environments keep Python from caching what it compiles.
+	@$(BIN)/python -m compileall -q dist_stability
 	$(BIN)/python -m pytest -m "not slow and not cluster" -n $(WORKERS) --dist worksteal --durations=40
 
 test-slow: .venv/.installed
