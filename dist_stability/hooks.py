@@ -84,6 +84,7 @@ class OptimizerHooks:
         self._close = after
         self._optimizers = list(optimizers)
         self._stepped: list[int] = []
+        self._opened = False
         self._withheld: list[tuple[torch.Tensor, torch.Tensor | None]] = []
         self._handles: list[Any] = []
         for index, optimizer in enumerate(optimizers):
@@ -102,7 +103,10 @@ class OptimizerHooks:
             scheduler.__class__ = type(scheduler).__bases__[0]
         self._handles, self._schedulers = [], []
 
-    def _open(self) -> None:
+    def _open(self, optimizer: Optimizer) -> None:
+        if self._opened:
+            _check_hooked_once(optimizer)
+        self._opened = True
         if not self._begin():
             return
         for optimizer in self._optimizers:
@@ -123,9 +127,9 @@ class OptimizerHooks:
             closure = args[1] if len(args) > 1 else kwargs.get("closure")
             if closure is None:
                 if first:
-                    self._open()
+                    self._open(optimizer)
                 return None
-            wrapped = self._wrap(closure, first)
+            wrapped = self._wrap(closure, optimizer if first else None)
             # `args` holds the optimizer itself first: a step hook sees the unbound call.
             if len(args) > 1:
                 return (args[0], wrapped, *args[2:]), kwargs
@@ -133,7 +137,7 @@ class OptimizerHooks:
 
         return torch.compiler.disable(hook)
 
-    def _wrap(self, closure: Callable[[], Any], first: bool) -> Callable[[], Any]:
+    def _wrap(self, closure: Callable[[], Any], first: Optimizer | None) -> Callable[[], Any]:
         calls = 0
 
         def wrapped() -> Any:
@@ -145,8 +149,8 @@ class OptimizerHooks:
                     "gradients are not one pair, so the step cannot be guarded. Use an optimizer that calls it once."
                 )
             loss = closure()
-            if first:
-                self._open()
+            if first is not None:
+                self._open(first)
             return loss
 
         return wrapped
@@ -157,6 +161,7 @@ class OptimizerHooks:
             if len(self._stepped) < len(self._optimizers):
                 return
             self._stepped.clear()
+            self._opened = False
             for parameter, gradient in self._withheld:
                 parameter.grad = gradient
             self._withheld = []
@@ -179,3 +184,18 @@ class OptimizerHooks:
             return kind.step(scheduler, *args, **kwargs)  # type: ignore[attr-defined]
 
         return type(kind.__name__, (kind,), {"step": step, "__module__": kind.__module__})
+
+
+def _check_hooked_once(optimizer: Optimizer) -> None:
+    """Torch runs an optimizer's step hooks in each class whose ``step`` it has wrapped: those that have instances.
+
+    Raises:
+        RuntimeError: It has wrapped several of this optimizer's, so a step that calls its parent's has begun twice.
+    """
+    kinds = [kind.__name__ for kind in type(optimizer).__mro__ if hasattr(vars(kind).get("step"), "hooked")]
+    if len(kinds) > 1:
+        raise RuntimeError(
+            f"{kinds[0]}.step() began again before it had ended: if it calls {kinds[1]}.step(), torch runs the step "
+            f"hooks in both, because {kinds[1]} has instances of its own. Do not attach() the controller; call its "
+            f"step() in place of optimizer.step()."
+        )

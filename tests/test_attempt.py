@@ -35,10 +35,13 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
 
 
 def guarded(clock: Clock, events: list[dict[str, Any]], **options: Any) -> tuple[Any, Any, StabilityController]:
-    class Optimizer(torch.optim.SGD):
+    class Optimizer(torch.optim.Optimizer):
+        @torch.no_grad()
         def step(self, closure: Any = None) -> None:  # type: ignore[override]
             clock.work(STEP)
-            super().step(closure)
+            for parameter in self.param_groups[0]["params"]:
+                if parameter.grad is not None:
+                    parameter.sub_(0.01 * parameter.grad)
 
     class Guard(NonFiniteGuard):
         def flag(self, gradients: Any) -> torch.Tensor:
@@ -68,7 +71,7 @@ def guarded(clock: Clock, events: list[dict[str, Any]], **options: Any) -> tuple
 
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(3, 3), Buffer(3))
-    optimizer = Optimizer(model.parameters(), lr=0.01)
+    optimizer = Optimizer(model.parameters(), {})
     probe = LossProbe(loss_fn, [torch.ones(4, 3)])
     controller = StabilityController(
         model, optimizer, probe, guards=(Guard(),), extra_state={"s": Schedule()}, on_event=listener, **options

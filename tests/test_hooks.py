@@ -140,3 +140,21 @@ def test_attached_is_attached_and_step_says_so() -> None:
         controller.step()
     optimizer.step()
     assert controller.verdict is not None and controller.verdict.step == 0
+
+
+def test_hooks_that_run_in_two_classes_are_found_out() -> None:
+    class Louder(torch.optim.SGD):
+        def step(self, closure: Any = None) -> Any:  # type: ignore[override]
+            return super().step(closure)
+
+    model, plain, _ = build()  # SGD has an instance, so torch runs the hooks in its step as well
+    louder = Louder(model.parameters(), lr=0.1)
+    with attached(model, louder):
+        backward(model)
+        with pytest.raises(RuntimeError, match=r"Louder\.step\(\) began again .* it calls SGD\.step\(\).* call its step"):
+            louder.step()
+    model, plain, _ = build()
+    louder = Louder(model.parameters(), lr=0.1)
+    with StabilityController(model, louder, PROBE) as controller:
+        backward(model)
+        assert controller.step().accepted
