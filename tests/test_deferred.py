@@ -18,7 +18,7 @@ import test_rewind
 import test_transparency
 import torch
 import zoo
-from choice import in_thirds, often, third_of
+from choice import in_thirds, often, slow, third_of
 from test_golden_twin import FORMS, AlwaysDeep, Job
 from zoo import Case
 
@@ -169,7 +169,7 @@ def test_every_third_attempt_is_judged(mode: str) -> None:
     test_golden_twin.check(jobs)
 
 
-@pytest.mark.parametrize("mode", ["single", "ddp", "fsdp2"])
+@pytest.mark.parametrize("mode", ["single", slow("ddp"), "fsdp2"])
 def test_with_a_grad_scaler(mode: str) -> None:
     """The scaler is updated after a provisional verdict, and goes back with a refusal; a veto is known in time."""
     last = zoo.MODES[mode] - 1
@@ -305,7 +305,7 @@ def test_everything_switched_on(mode: str) -> None:
 # ---------------------------------------------------------------------- replay
 
 
-@pytest.mark.parametrize(("mode", "every"), often(product(("ddp", "fsdp2"), (1, 3)), [("ddp", 1), ("fsdp2", 3)]))
+@pytest.mark.parametrize(("mode", "every"), often(product(("ddp", "fsdp2"), (1, 3)), [("ddp", 1)]))
 def test_with_replay_only_the_guilty_batch_is_lost(mode: str, every: int) -> None:
     """The batch after the guilty one was trained on with refused weights: it is shown again."""
     case = Case(mode, every=every, scheduler=True, steps=9)

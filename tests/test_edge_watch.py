@@ -10,6 +10,7 @@ import harness
 import pytest
 import torch
 import zoo
+from choice import slow
 from zoo import Case, Setup
 
 from dist_stability import FixedInnovation, LockstepError
@@ -78,7 +79,7 @@ CASES = (
 )
 
 
-@pytest.mark.parametrize("mode", ["single", "ddp", "fsdp2"])
+@pytest.mark.parametrize("mode", ["single", slow("ddp"), "fsdp2"])
 def test_a_monitor_that_does_not_intervene_changes_no_bit(mode: str) -> None:
     cases = [replace(case, mode=mode) for case in CASES]
     for said in harness.pool(zoo.MODES[mode]).run(transparent, cases, "enforce", timeout=300):

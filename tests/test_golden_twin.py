@@ -17,7 +17,7 @@ import harness
 import pytest
 import torch
 import zoo
-from choice import in_thirds, often, third_of
+from choice import in_thirds, often, slow, third_of
 from zoo import Case
 
 from dist_stability import FixedInnovation, GradientNormGuard, Judgement, NonFiniteGuard
@@ -205,7 +205,7 @@ def test_raise_inside_the_forward_without_collectives(two: harness.Pool) -> None
     check(Job(Case(mode), (fault,), actions=("rollback",)) for mode in ("single", "ddp"))
 
 
-@pytest.mark.parametrize("mode", ["single", "ddp", "fsdp2"])
+@pytest.mark.parametrize("mode", ["single", slow("ddp"), "fsdp2"])
 def test_every_third_attempt_is_judged(mode: str) -> None:
     """A refusal takes back the unjudged attempts before it; a veto takes back none."""
     last = zoo.MODES[mode] - 1
@@ -241,7 +241,7 @@ class AlwaysDeep(FixedInnovation):
         self.load_state_dict(anchor)
 
 
-@pytest.mark.parametrize("mode", ["single", "ddp", "fsdp1", "fsdp2"])
+@pytest.mark.parametrize("mode", ["single", "ddp", slow("fsdp1"), "fsdp2"])
 def test_deep_rollback(mode: str) -> None:
     """Back to the older of two anchors (commits 8 and 16), and the run goes on from there as its twin."""
     flip = f"bit-flip:step={{}},rank={zoo.MODES[mode] - 1},where=parameter"

@@ -147,13 +147,15 @@ def test_hooks_that_run_in_two_classes_are_found_out() -> None:
         def step(self, closure: Any = None) -> Any:  # type: ignore[override]
             return super().step(closure)
 
-    model, plain, _ = build()  # SGD has an instance, so torch runs the hooks in its step as well
+    model, _, _ = build()  # SGD has an instance, so torch runs the hooks in its step as well
     louder = Louder(model.parameters(), lr=0.1)
     with attached(model, louder):
         backward(model)
-        with pytest.raises(RuntimeError, match=r"Louder\.step\(\) began again .* it calls SGD\.step\(\).* call its step"):
+        with pytest.raises(
+            RuntimeError, match=r"Louder\.step\(\) began again .* it calls SGD\.step\(\).* call its step"
+        ):
             louder.step()
-    model, plain, _ = build()
+    model, _, _ = build()
     louder = Louder(model.parameters(), lr=0.1)
     with StabilityController(model, louder, PROBE) as controller:
         backward(model)

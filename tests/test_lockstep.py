@@ -16,6 +16,7 @@ import test_golden_twin
 import torch
 import torch.distributed as dist
 import zoo
+from choice import slow
 from harness import RankError
 from test_golden_twin import Job
 from zoo import Case
@@ -290,7 +291,7 @@ def peers_of(two: harness.Pool, case: Case, fault: str, timeout: float = 5.0) ->
     return peer, culprit
 
 
-@pytest.mark.parametrize("phase", ["gradients", "vote", "loss before forward"])
+@pytest.mark.parametrize("phase", [slow("gradients"), "vote", "loss before forward"])
 def test_a_rank_that_never_arrives_is_named(two: harness.Pool, phase: str) -> None:
     case = Case("fsdp2", steps=6)
     peer, culprit = peers_of(two, case, f"stop:step=3,phase={phase.replace(' ', '-')},rank=1")

@@ -198,7 +198,7 @@ def at_any_position(case: Case, kind: str = "weight") -> list[Job]:
 
 @pytest.mark.parametrize(
     ("mode", "every"),
-    often(product(("ddp", "fsdp2"), (1, 2, 5, 16)), [("ddp", 2), ("ddp", 16), ("fsdp2", 1), ("fsdp2", 5)]),
+    often(product(("ddp", "fsdp2"), (1, 2, 5, 16)), [("ddp", 2), ("fsdp2", 1), ("fsdp2", 5)]),
 )
 def test_golden_twin_wherever_the_guilty_batch_is(mode: str, every: int) -> None:
     """A weight with a flipped exponent: every later gradient is NaN, so that the guard vetoes innocent batches, too."""

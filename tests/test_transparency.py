@@ -141,7 +141,7 @@ def everything(rank: int, world: int, mode: str) -> list[str]:
 
 @pytest.mark.parametrize(
     "mode",
-    often(("single", "ddp", "fsdp1", "fsdp2-uneven", "hsdp", "fsdp2+tp"), ("ddp", "fsdp1", "fsdp2-uneven", "hsdp")),
+    often(("single", "ddp", "fsdp1", "fsdp2-uneven", "hsdp", "fsdp2+tp"), ("ddp", "fsdp2-uneven", "hsdp")),
 )
 def test_everything_switched_on(mode: str) -> None:
     for said in harness.pool(zoo.MODES[mode]).run(everything, mode, timeout=200):

@@ -181,6 +181,7 @@ class TestResults:
         rows = closed_loop.run(tmp_path, seeds=[4], cells=cells, arms={"none": None})
         assert [row["seed"] for row in rows] == [4]
 
+    @pytest.mark.slow
     def test_two_ranks(self, tmp_path: Path) -> None:
         fault = ROW
         two = ClosedTask("cnn-ddp2", "digits", batch=32, ranks=2)

@@ -45,7 +45,7 @@ def numbers(found: list[Any]) -> list[float]:
     return [found[0].score, found[1], found[2], *(x for each in early for x in each)]
 
 
-@pytest.mark.parametrize("mode", often(TWO, ("ddp", "fsdp1-flat", "fsdp2", "tp")))
+@pytest.mark.parametrize("mode", often(TWO, ("fsdp1-flat", "fsdp2")))
 def test_two_ranks_are_one_process(two: Any, mode: str) -> None:
     first, second = two.run(probed, mode)
     torch.set_default_dtype(torch.float64)

@@ -7,7 +7,7 @@ from typing import Any
 import edge_models
 import pytest
 import torch
-from choice import often
+from choice import often, slow
 from edge_models import build, loss_fn, twice_differentiable
 
 from dist_stability.diagnostics.sharpness import Sharpness
@@ -67,7 +67,7 @@ def check(results: list[tuple[float, bool | None, float, float]], exact: tuple[f
     assert 0.0 < loss < 5.0
 
 
-@pytest.mark.parametrize("mode", TWO)
+@pytest.mark.parametrize("mode", often(TWO, ("ddp", "fsdp1-flat", "fsdp2")))
 def test_two_ranks_see_what_one_process_sees(two: Any, exact: tuple[float, float], mode: str) -> None:
     """Within 0.5 % of the reference, so that any two of these are within 1 % of each other."""
     check(two.run(converged, mode), exact)
@@ -137,7 +137,7 @@ def interrupted(rank: int, world: int, mode: str, inside: bool) -> str:
     return raised
 
 
-@pytest.mark.parametrize(("mode", "inside"), [("fsdp2", False), ("fsdp2", True), ("ddp", False)])
+@pytest.mark.parametrize(("mode", "inside"), [("fsdp2", True), slow(("fsdp2", False)), slow(("ddp", False))])
 def test_a_rank_that_raises_in_the_middle_leaves_no_trace_on_any(two: Any, mode: str, inside: bool) -> None:
     raised = two.run(interrupted, mode, inside, group_timeout=4.0)
     assert raised[1] == "Fault" and raised[0] not in ("", "Fault")

@@ -8,6 +8,7 @@ from pathlib import Path
 import harness
 import pytest
 import torch
+from choice import slow
 
 from dist_stability.experiments import training
 from dist_stability.experiments.digests import differences
@@ -44,8 +45,8 @@ def unequal(first: Path, second: Path, world: int) -> list[str]:
         (2, ("--parallel", "fsdp1", "--dropout", "0.1")),
         (2, ("--parallel", "fsdp2", "--dtype", "bfloat16", "--accumulate", "2")),
         (4, ("--parallel", "hsdp", "--clip-grad-norm", "1")),
-        pytest.param(2, ("--parallel", "ddp", "--task", "digits"), marks=pytest.mark.slow),
-        (2, ("--parallel", "fsdp2", "--task", "digits", "--dtype", "bfloat16")),
+        slow((2, ("--parallel", "ddp", "--task", "digits"))),
+        slow((2, ("--parallel", "fsdp2", "--task", "digits", "--dtype", "bfloat16"))),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, tuple) else None,
 )

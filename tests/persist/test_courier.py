@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from choice import slow
 from torch import nn
 
 from dist_stability.snapshot import SlotRing, StatePlan
@@ -272,7 +273,7 @@ if ending != "left":
 """
 
 
-@pytest.mark.parametrize("ending", ["closed", "open", "left"])
+@pytest.mark.parametrize("ending", [slow("closed"), slow("open"), "left"])
 def test_no_thread_outlives_the_loop(ending: str, tmp_path: Path) -> None:
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
     ranks = [

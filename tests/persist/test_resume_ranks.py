@@ -224,7 +224,7 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("name", often(CASES, ("fsdp1-flat", "empty", "tp", "buffers", "scaler", "several")))
+@pytest.mark.parametrize("name", often(CASES, ("fsdp1-flat", "tp", "buffers", "scaler")))
 def test_every_kind_of_state(name: str, tmp_path: Path) -> None:
     case = CASES[name]
     made, _ = died_and_resumed(case, tmp_path, (zoo.world_of(case) - 1, "step", 10, 0, "SIGKILL"))

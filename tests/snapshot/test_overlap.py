@@ -15,6 +15,7 @@ import harness
 import pytest
 import torch
 import zoo
+from choice import slow
 from test_golden_twin import BAD, Job, twins
 from test_slot import OPTIMIZERS, Stop, Training, adam, stopping
 from torch import nn
@@ -598,7 +599,7 @@ def overlapped(rank: int, world: int, jobs: list[Job]) -> list[str]:
     return said
 
 
-@pytest.mark.parametrize("mode", ["single", "ddp", "fsdp2", "fsdp1"])
+@pytest.mark.parametrize("mode", ["single", "ddp", "fsdp2", slow("fsdp1")])
 def test_golden_twin_with_slow_copies(mode: str) -> None:
     faults = [f"gradient-scale:step={BAD},factor=300,length=1", f"nan:step={BAD},rank=0"]
     jobs = [

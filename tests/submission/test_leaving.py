@@ -121,7 +121,7 @@ MOMENTS = {
 }
 
 
-LONG = ("before anything", "after a vote", "in a restore", "twice")
+LONG = ("before anything", "after a vote", "in a restore", "twice", "deferred")
 
 
 @pytest.mark.parametrize("moment", [pytest.param(n, marks=pytest.mark.slow if n in LONG else ()) for n in MOMENTS])
