@@ -330,7 +330,8 @@ class StabilityController:
 
         The verdict is in :attr:`verdict` after the last optimizer's step. Schedulers among ``extra_state`` have the one
         call that follows a refusal made a no-op. At a step, an optimizer that calls its closure more than once or is
-        fused into backward raises TypeError.
+        fused into backward raises TypeError; one that calls its parent class's ``step`` while that class has instances,
+        too, raises RuntimeError, because torch then runs the hooks twice.
         """
         if self._closed:
             raise RuntimeError("attach(): the controller is closed")
